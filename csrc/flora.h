@@ -1,0 +1,100 @@
+/* The kernel interface: views, status codes and one prototype an operation.
+ *
+ * Nothing here knows Python. Every operation checks its shapes first and, when it returns anything but FLORA_OK,
+ * has written nothing to its outputs and one sentence, with the offending values, to `error`.
+ *
+ * Types: activations (x, y, dy, dx, weight) share one dtype A of float32, float64, bfloat16 and float16.
+ * Factors, core, h and every parameter gradient are of the compute type C: double for float64, else float.
+ * Sums are always in C. Strides count elements.
+ */
+#ifndef FLORA_H
+#define FLORA_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define FLORA_MAX_NDIM 8    /* a view's dimensions */
+#define FLORA_MAX_SPATIAL 3 /* Conv1d to Conv3d */
+#define FLORA_MAX_ORDER 5   /* modes of a weight: out, in and three kernel modes */
+#define FLORA_ERROR_SIZE 320
+
+typedef enum { FLORA_F32, FLORA_F64, FLORA_BF16, FLORA_F16 } flora_dtype;
+
+typedef enum {
+    FLORA_OK,
+    FLORA_BAD_SHAPE,  /* ValueError */
+    FLORA_BAD_DTYPE,  /* TypeError */
+    FLORA_BAD_LAYOUT, /* ValueError: strides that no body takes, or an output that overlaps itself or an input */
+    FLORA_BAD_VALUE,  /* ValueError: scale, stride, padding, groups, … */
+    FLORA_NO_MEMORY   /* MemoryError */
+} flora_status;
+
+typedef enum { FLORA_PAD_ZEROS, FLORA_PAD_REFLECT, FLORA_PAD_REPLICATE, FLORA_PAD_CIRCULAR } flora_padding_mode;
+
+/* A borrowed N-D array. `data` already includes the byte offset; it may be NULL only if an extent is 0. */
+typedef struct {
+    void *data;
+    flora_dtype dtype;
+    int ndim;
+    int64_t shape[FLORA_MAX_NDIM];
+    int64_t strides[FLORA_MAX_NDIM]; /* elements */
+} flora_view;
+
+/* Geometry of a convolution with `ndim` spatial modes. */
+typedef struct {
+    int ndim;
+    int64_t stride[FLORA_MAX_SPATIAL];
+    int64_t padding[FLORA_MAX_SPATIAL][2]; /* before, after */
+    int64_t dilation[FLORA_MAX_SPATIAL];
+    int64_t groups;
+    flora_padding_mode mode;
+} flora_geometry;
+
+/* Below, NULL stands for an argument that is left out, and [r] for the rank of a mode. */
+
+/* y (rows, d_out) += scale · (x (rows, d_in) · u_in (d_in, r_in) · coreᵀ (r_out, r_in)ᵀ) · u_out (d_out, r_out)ᵀ
+ * h (rows, r_in) = x · u_in, written if not NULL.  core NULL: the identity (r_in = r_out).
+ * FLoRA (arXiv 2405.14739), the Tucker update of a matrix, applied without forming it. */
+flora_status flora_tucker_linear_forward(const flora_view *y, const flora_view *h, const flora_view *x,
+                                         const flora_view *u_in, const flora_view *core, const flora_view *u_out,
+                                         double scale, char error[FLORA_ERROR_SIZE]);
+
+/* With dk = scale · dy · u_out and dh = dk · core:
+ *   dx (rows, d_in) += dh · u_inᵀ        d_u_out (d_out, r_out) = scale · dyᵀ · (h · coreᵀ)
+ *   d_core (r_out, r_in) = dkᵀ · h       d_u_in (d_in, r_in) = xᵀ · dh
+ * Any output may be NULL. h NULL: it is computed from x. x NULL: only if neither d_u_in nor a missing h needs it. */
+flora_status flora_tucker_linear_backward(const flora_view *dx, const flora_view *d_u_in, const flora_view *d_core,
+                                          const flora_view *d_u_out, const flora_view *dy, const flora_view *x,
+                                          const flora_view *h, const flora_view *u_in, const flora_view *core,
+                                          const flora_view *u_out, double scale, char error[FLORA_ERROR_SIZE]);
+
+/* y (batch, d_out, *out) += scale · conv(x (batch, d_in, *in), core ×_out u_out ×_in u_in)
+ * u_in (d_in/groups, r_in), core (r_out, r_in, *k) with its kernel modes already expanded, u_out (d_out, r_out);
+ * u_in and core are shared by all groups, the rows of u_out belong to their group.
+ * h (batch, *(in + padding), groups·r_in) = the projected and padded input, written if not NULL: channels last, so that
+ * every layout of x gives the same h. */
+flora_status flora_tucker_conv_forward(const flora_view *y, const flora_view *h, const flora_view *x,
+                                       const flora_view *u_in, const flora_view *core, const flora_view *u_out,
+                                       double scale, const flora_geometry *geometry, char error[FLORA_ERROR_SIZE]);
+
+/* dx (batch, d_in, *in) += …; d_u_in, d_core and d_u_out are written. NULL as in the linear case. */
+flora_status flora_tucker_conv_backward(const flora_view *dx, const flora_view *d_u_in, const flora_view *d_core,
+                                        const flora_view *d_u_out, const flora_view *dy, const flora_view *x,
+                                        const flora_view *h, const flora_view *u_in, const flora_view *core,
+                                        const flora_view *u_out, double scale, const flora_geometry *geometry,
+                                        char error[FLORA_ERROR_SIZE]);
+
+/* out (d_0, …) = weight (d_0, …) + scale · core (r_0, …) ×_0 factors[0] (d_0, r_0) ×_1 …, order 1 to 5.
+ * weight NULL: zero. factors[m] NULL: the identity (r_m = d_m). out and weight may be the same view. */
+flora_status flora_tucker_reconstruct(const flora_view *out, const flora_view *weight, const flora_view *core,
+                                      const flora_view *const factors[], int order, double scale,
+                                      char error[FLORA_ERROR_SIZE]);
+
+/* The adjoint: d_core = scale · d_weight ×_m factors[m]ᵀ, and d_factors[m] = scale · the unfolding of d_weight along m
+ * times that of (core ×_{n≠m} factors[n]), transposed. Any output may be NULL. */
+flora_status flora_tucker_reconstruct_backward(const flora_view *d_core, const flora_view *const d_factors[],
+                                               const flora_view *d_weight, const flora_view *core,
+                                               const flora_view *const factors[], int order, double scale,
+                                               char error[FLORA_ERROR_SIZE]);
+
+#endif

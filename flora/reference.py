@@ -1,0 +1,233 @@
+"""A plain PyTorch twin of every function of ``flora._core``: same names, same arguments, same effect.
+
+These are the formulas in their shortest form. The tests compare every C body with them, and `flora.functional` runs
+their differentiable halves (the functions that return a value) where the C kernels cannot go: other devices, tensor
+subclasses, ``torch.func``, double backward.
+
+Notation as in docs/methods.md: core G (r_out, r_in, *k), factors U_out (d_out, r_out), U_in (d_in / groups, r_in), one
+U_k (k, r_k) for each kernel mode, scale s. Source: FLoRA, arXiv 2405.14739.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+# The differentiable halves -----------------------------------------------------------------------------------------
+
+
+def linear_update(x: Tensor, u_in: Tensor, core: Tensor | None, u_out: Tensor, scale: float) -> Tensor:
+    """s·(x·U_in·Gᵀ)·U_outᵀ: x (..., d_in) to (..., d_out), in the factors' dtype. ``core=None`` is the identity."""
+    k = x.to(u_in.dtype) @ u_in
+    if core is not None:
+        k = k @ core.mT
+    return scale * (k @ u_out.mT)
+
+
+def pad_input(x: Tensor, padding: Sequence[int], padding_mode: str) -> Tensor:
+    """x (batch, channels, *in) padded by ``padding`` = (before, after) of each spatial mode, first mode first."""
+    if not any(padding):
+        return x
+    pairs = [(padding[i], padding[i + 1]) for i in range(0, len(padding), 2)]
+    flat = [p for pair in reversed(pairs) for p in pair]  # F.pad counts from the last mode
+    return F.pad(x, flat, mode=PADDING_MODES[padding_mode])
+
+
+def conv_project(x: Tensor, u_in: Tensor, groups: int) -> Tensor:
+    """The 1×1 convolution of every group's channels by U_inᵀ: (batch, d_in, *in) to (batch, groups·r_in, *in)."""
+    grouped = x.to(u_in.dtype).unflatten(1, (groups, u_in.shape[0]))
+    return torch.einsum("ngc...,cr->ngr...", grouped, u_in).flatten(1, 2)
+
+
+def conv_update(
+    x: Tensor,
+    u_in: Tensor,
+    core: Tensor,
+    u_out: Tensor,
+    scale: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    padding_mode: str,
+) -> Tensor:
+    """Project, convolve with the (expanded) core, expand: the update of a convolution's output, in the factors' dtype."""
+    h = pad_input(conv_project(x, u_in, groups), padding, padding_mode)
+    return conv_finish(h, core, u_out, scale, stride, dilation, groups)
+
+
+def conv_finish(
+    h: Tensor, core: Tensor, u_out: Tensor, scale: float, stride: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    """The second half of `conv_update`, from the projected and padded h (batch, groups·r_in, *padded)."""
+    kernel = core.repeat(groups, *[1] * (core.ndim - 1))
+    k = _CONV[core.ndim - 2](h, kernel, None, tuple(stride), 0, tuple(dilation), groups)
+    by_group = u_out.unflatten(0, (groups, -1))
+    return scale * torch.einsum("ngr...,gor->ngo...", k.unflatten(1, (groups, -1)), by_group).flatten(1, 2)
+
+
+def mode_product(tensor: Tensor, factor: Tensor, mode: int) -> Tensor:
+    """tensor ×_mode factor, where factor is (dim, rank): replaces the extent ``rank`` of that mode by ``dim``."""
+    return torch.movedim(torch.tensordot(tensor, factor, dims=([mode], [1])), -1, mode)
+
+
+def reconstruct(core: Tensor, factors: Sequence[Tensor | None], scale: float) -> Tensor:
+    """s·G ×_0 U_0 ×_1 U_1 …: the delta weight. A factor that is None is the identity."""
+    out = core
+    for mode in range(core.ndim - 1, -1, -1):
+        factor = factors[mode]
+        if factor is not None:
+            out = mode_product(out, factor, mode)
+    return scale * out
+
+
+# The twins ---------------------------------------------------------------------------------------------------------
+
+
+def tucker_linear_forward(
+    y: Tensor, h: Tensor | None, x: Tensor, u_in: Tensor, core: Tensor | None, u_out: Tensor, scale: float
+) -> None:
+    """y += s·(x·U_in·Gᵀ)·U_outᵀ in place; h = x·U_in if given. Rows are the first axis of x, y and h."""
+    with torch.no_grad():
+        if h is not None:
+            h.copy_(x.to(u_in.dtype) @ u_in)
+        y.copy_(y.to(u_in.dtype) + linear_update(x, u_in, core, u_out, scale))
+
+
+def tucker_linear_backward(
+    dx: Tensor | None,
+    d_u_in: Tensor | None,
+    d_core: Tensor | None,
+    d_u_out: Tensor | None,
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    u_in: Tensor,
+    core: Tensor | None,
+    u_out: Tensor,
+    scale: float,
+) -> None:
+    """dx += dh·U_inᵀ, and the gradients of the factors and the core, written to their outputs; None skips one."""
+    with torch.no_grad():
+        dyc = dy.to(u_in.dtype)
+        dk = scale * (dyc @ u_out)
+        dh = dk if core is None else dk @ core
+        if (d_core is not None or d_u_out is not None) and h is None:
+            assert x is not None
+            h = x.to(u_in.dtype) @ u_in
+        if d_u_out is not None:
+            assert h is not None
+            d_u_out.copy_(scale * (dyc.mT @ (h if core is None else h @ core.mT)))
+        if d_core is not None:
+            assert h is not None
+            d_core.copy_(dk.mT @ h)
+        if d_u_in is not None:
+            assert x is not None
+            d_u_in.copy_(x.to(u_in.dtype).mT @ dh)
+        if dx is not None:
+            dx.copy_(dx.to(u_in.dtype) + dh @ u_in.mT)
+
+
+def tucker_conv_forward(
+    y: Tensor,
+    h: Tensor | None,
+    x: Tensor,
+    u_in: Tensor,
+    core: Tensor,
+    u_out: Tensor,
+    scale: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    padding_mode: str,
+) -> None:
+    """y += the convolution's update, in place; h (batch, *padded, groups·r_in) = the projected, padded input if given."""
+    with torch.no_grad():
+        projected = pad_input(conv_project(x, u_in, groups), padding, padding_mode)
+        if h is not None:
+            h.copy_(projected.movedim(1, -1))
+        update = conv_finish(projected, core, u_out, scale, stride, dilation, groups)
+        y.copy_(y.to(u_in.dtype) + update)
+
+
+def tucker_conv_backward(
+    dx: Tensor | None,
+    d_u_in: Tensor | None,
+    d_core: Tensor | None,
+    d_u_out: Tensor | None,
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    u_in: Tensor,
+    core: Tensor,
+    u_out: Tensor,
+    scale: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    padding_mode: str,
+) -> None:
+    """dx += …, and the gradients of U_in, the expanded core and U_out; None skips one. Autograd does the algebra."""
+    with torch.enable_grad():
+        parts = [t.detach().requires_grad_() for t in (u_in, core, u_out)]
+        if x is not None:
+            xc = x.detach().to(u_in.dtype).requires_grad_()
+        else:  # only dx, d_core and d_u_out are asked for, and none of them depends on the values of x
+            assert d_u_in is None and h is not None
+            extent = [h.shape[1 + i] - padding[2 * i] - padding[2 * i + 1] for i in range(h.ndim - 2)]
+            xc = h.new_zeros(h.shape[0], groups * u_in.shape[0], *extent).requires_grad_()
+        projected = pad_input(conv_project(xc, parts[0], groups), padding, padding_mode)
+        if h is not None:  # the caller's h has the values; the graph of `projected` stays
+            projected = projected + (h.movedim(-1, 1) - projected).detach()
+        update = conv_finish(projected, parts[1], parts[2], scale, stride, dilation, groups)
+        grads = torch.autograd.grad(update, [xc, *parts], dy.to(u_in.dtype))
+    with torch.no_grad():
+        if dx is not None:
+            dx.copy_(dx.to(u_in.dtype) + grads[0])
+        for out, grad in zip((d_u_in, d_core, d_u_out), grads[1:], strict=True):
+            if out is not None:
+                out.copy_(grad)
+
+
+def tucker_reconstruct(
+    out: Tensor, weight: Tensor | None, core: Tensor, factors: Sequence[Tensor | None], scale: float
+) -> None:
+    """out = weight + s·G ×_0 U_0 ×_1 U_1 …; the sum is rounded to out's dtype once."""
+    with torch.no_grad():
+        delta = reconstruct(core, factors, scale)
+        out.copy_(delta if weight is None else weight.to(delta.dtype) + delta)
+
+
+def tucker_reconstruct_backward(
+    d_core: Tensor | None,
+    d_factors: Sequence[Tensor | None],
+    d_weight: Tensor,
+    core: Tensor,
+    factors: Sequence[Tensor | None],
+    scale: float,
+) -> None:
+    """The adjoint of `tucker_reconstruct`: d_weight projected on the core and on every factor; None skips one."""
+    with torch.enable_grad():
+        sources = [core.detach().requires_grad_()]
+        sources += [f.detach().requires_grad_() for f in factors if f is not None]
+        rest = iter(sources[1:])
+        delta = reconstruct(sources[0], [None if f is None else next(rest) for f in factors], scale)
+        grads = torch.autograd.grad(delta, sources, d_weight.to(core.dtype))
+    if d_core is not None:
+        d_core.copy_(grads[0])
+    of_factor = iter(grads[1:])
+    for out, factor in zip(d_factors, factors, strict=True):
+        grad = None if factor is None else next(of_factor)
+        if out is not None:
+            assert grad is not None
+            out.copy_(grad)
