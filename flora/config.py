@@ -1,0 +1,299 @@
+"""Configurations of deltas: frozen dataclasses, validated once, to and from JSON.
+
+A field that is wrong raises ValueError with the field and its value. Symbols are those of docs/methods.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any, ClassVar, NoReturn, Self, TypeAlias, TypeVar
+
+from torch import nn
+
+Rank: TypeAlias = int | tuple[int, ...]
+Targets: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool]
+
+PLANS = ("auto", "fused", "hybrid", "merged")
+INITS = ("reference", "orthogonal", "hosvd")
+PARTS = ("core", "factors", "out", "in", "kernel")
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaConfig:
+    """What every delta is configured by. Use one of the subclasses.
+
+    Args:
+        scale: ΔW is multiplied by it: finite and not 0. 1.0 if neither it nor ``alpha`` is given.
+        alpha: ΔW is multiplied by alpha / rank instead; not together with ``scale``, nor with a tuple of ranks.
+        dropout: probability, in [0, 1), that an element of the delta's input is dropped in training.
+        target_modules: "all"; or a sequence of module names or their dotted suffixes; or a regex that must match the
+            whole name; or a function of (name, module).
+        exclude_modules: modules left alone, with everything inside them; the same forms.
+        rank_pattern: rank by pattern. A pattern is a regex that must match the whole name, or a dotted suffix of it;
+            the first that matches counts.
+        scale_pattern: scale by pattern.
+        modules_to_save: names or suffixes of modules that are trained whole and saved with the adapter.
+        plan: how a layer computes: "auto" | "fused" | "hybrid" | "merged".
+
+    Raises:
+        ValueError: a field has a value that it cannot have; the message quotes both.
+    """
+
+    method: ClassVar[str]
+    _methods: ClassVar[dict[str, type[DeltaConfig]]] = {}
+
+    scale: float | None = None
+    alpha: float | None = None
+    dropout: float = 0.0
+    target_modules: Targets = "all"
+    exclude_modules: Targets | None = None
+    rank_pattern: Mapping[str, Rank] | None = field(default=None, hash=False)
+    scale_pattern: Mapping[str, float] | None = field(default=None, hash=False)
+    modules_to_save: Sequence[str] | None = None
+    plan: str = "auto"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "method" in cls.__dict__:
+            DeltaConfig._methods[cls.method] = cls
+
+    def __post_init__(self) -> None:
+        if not hasattr(self, "method"):
+            raise TypeError(f"{type(self).__name__} is a base class; use one of its subclasses")
+        for name in ("scale", "alpha"):
+            if getattr(self, name) is not None:
+                self._set(name, self._factor(name, getattr(self, name)))
+        if self.scale is not None and self.alpha is not None:
+            self._fail("alpha", f"cannot be given together with scale={self.scale!r}")
+        if not _is_real(self.dropout) or not 0.0 <= self.dropout < 1.0:
+            self._fail("dropout", "must be a number in [0, 1)")
+        self._set("dropout", float(self.dropout))
+        if self.plan not in PLANS:
+            self._fail("plan", f"must be one of {', '.join(PLANS)}")
+        if self.plan in ("hybrid", "merged") and self.dropout > 0.0:
+            self._fail("plan", f"cannot drop elements of its input: dropout={self.dropout!r} needs auto or fused")
+        self._set("target_modules", self._targets("target_modules", self.target_modules))
+        if self.exclude_modules is not None:
+            empty = _is_names(self.exclude_modules) and not self.exclude_modules
+            self._set("exclude_modules", None if empty else self._targets("exclude_modules", self.exclude_modules))
+        if self.modules_to_save is not None:
+            saved = [self.modules_to_save] if isinstance(self.modules_to_save, str) else self.modules_to_save
+            self._set("modules_to_save", self._names("modules_to_save", saved) if saved else None)
+        if self.rank_pattern is not None and not hasattr(self, "rank"):
+            self._fail("rank_pattern", "has no meaning for a delta without rank")
+        self._set("rank_pattern", self._patterns("rank_pattern", self._rank))
+        self._set("scale_pattern", self._patterns("scale_pattern", self._factor))
+
+    # For the layers -------------------------------------------------------------------------------------------------
+
+    @property
+    def resolved_scale(self) -> float:
+        """The s of ΔW = s·…: ``scale``, or ``alpha`` / rank, or 1.0."""
+        if self.alpha is not None:
+            rank = getattr(self, "rank", None)
+            return self.alpha / rank if isinstance(rank, int) else self.alpha
+        return 1.0 if self.scale is None else self.scale
+
+    def for_module(self, name: str) -> Self:
+        """The config of one module: its rank and scale taken from the patterns, and nothing left that selects."""
+        changes: dict[str, Any] = {}
+        if self.rank_pattern and (pattern := first_match(self.rank_pattern, name)) is not None:
+            changes["rank"] = self.rank_pattern[pattern]
+        if self.scale_pattern and (pattern := first_match(self.scale_pattern, name)) is not None:
+            changes.update(scale=self.scale_pattern[pattern], alpha=None)
+        selectors = ("target_modules", "exclude_modules", "rank_pattern", "scale_pattern", "modules_to_save")
+        changes.update({f.name: f.default for f in dataclasses.fields(self) if f.name in selectors})
+        return dataclasses.replace(self, **changes)
+
+    # JSON -----------------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and the method, as JSON has them (tuples as lists).
+
+        Raises:
+            ValueError: a selection is a function, which cannot be written; replace it by the names that it selected.
+        """
+        for name in ("target_modules", "exclude_modules"):
+            if callable(getattr(self, name)):
+                self._fail(name, "is a function and cannot be written")
+        values = {f.name: _to_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {"method": self.method, **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The config that `to_dict` wrote, of the class that its "method" names.
+
+        Raises:
+            TypeError: not a mapping.
+            ValueError: an unknown method, an unknown key or a value that its field cannot have.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"a config must be a mapping of fields, not {values!r}")
+        method = values.get("method")
+        methods = {key: kind for key, kind in DeltaConfig._methods.items() if issubclass(kind, cls)}
+        kind = methods.get(method) if isinstance(method, str) else None
+        if kind is None:
+            raise ValueError(f"{cls.__name__}: method={method!r} must be one of {', '.join(sorted(methods))}")
+        known = {f.name for f in dataclasses.fields(kind)}
+        unknown = [key for key in values if key != "method" and key not in known]
+        if unknown:
+            raise ValueError(f"{kind.__name__} has no field {', '.join(map(repr, unknown))}")
+        return kind(**{key: value for key, value in values.items() if key != "method"})
+
+    # Validation -----------------------------------------------------------------------------------------------------
+
+    def _fail(self, name: str, rule: str, *value: Any) -> NoReturn:
+        raise ValueError(f"{type(self).__name__}: {name}={value[0] if value else getattr(self, name)!r} {rule}")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _one_of(self, name: str, allowed: Sequence[str]) -> None:
+        if getattr(self, name) not in allowed:
+            self._fail(name, f"must be one of {', '.join(allowed)}")
+
+    def _factor(self, name: str, value: Any) -> float:
+        if not _is_real(value) or not math.isfinite(value) or value == 0:
+            self._fail(name, "must be a finite number and not 0, since such a delta could never learn", value)
+        return float(value)
+
+    def _rank(self, name: str, value: Any) -> Rank:
+        ranks = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+        if not ranks or not all(_is_int(r) and r > 0 for r in ranks):
+            self._fail(name, "must be a positive int or a tuple of them", value)
+        if not _is_int(value) and self.alpha is not None:
+            self._fail(name, f"is a tuple, for which alpha={self.alpha!r} / rank has no meaning; give scale", value)
+        return int(value) if _is_int(value) else tuple(int(r) for r in ranks)
+
+    def _targets(self, name: str, value: Any) -> Targets:
+        if isinstance(value, str):
+            self._regex(name, value)
+            return value
+        if _is_names(value):
+            return self._names(name, value)
+        if isinstance(value, nn.Module) or not callable(value):
+            self._fail(name, 'must be "all", a sequence of names, a regex or a function of (name, module)')
+        return value  # type: ignore[no-any-return]
+
+    def _names(self, name: str, value: Any) -> tuple[str, ...]:
+        if not _is_names(value) or not value or not all(isinstance(item, str) and item for item in value):
+            self._fail(name, "must name modules")
+        return tuple(sorted(value) if isinstance(value, set | frozenset) else value)
+
+    def _patterns(self, name: str, check: Callable[[str, Any], _Value]) -> dict[str, _Value] | None:
+        patterns = getattr(self, name)
+        if not patterns:
+            return None
+        if not isinstance(patterns, Mapping):
+            self._fail(name, "must map patterns to values")
+        for pattern in patterns:
+            self._regex(name, pattern)
+        return {pattern: check(f"{name}[{pattern!r}]", value) for pattern, value in patterns.items()}
+
+    def _regex(self, name: str, pattern: Any) -> None:
+        if not isinstance(pattern, str) or not pattern:
+            self._fail(name, "must hold patterns that are not empty")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{type(self).__name__}: {name}={pattern!r} is not a regex: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuckerConfig(DeltaConfig):
+    """FLoRA's delta (arXiv 2405.14739): ΔW = s · G ×₁U_out ×₂U_in ×₃U_k1 …, of the weight's own order.
+
+    Args:
+        rank: an int gives the channel modes min(rank, dim); a tuple gives every mode, in weight order (out, in, k…),
+            and is exact.
+        kernel_rank: the kernel modes get min(kernel_rank, k), unless ``rank`` is a tuple.
+        init: how the factors start: "reference" (the authors', kaiming normal), "orthogonal" or "hosvd" (the leading
+            singular vectors of the weight's unfoldings). The core starts at 0, so that ΔW = 0.
+        trainable: which parts learn: "core", "factors" (all of them), or single modes "out", "in", "kernel". It must
+            hold "core": while the core is 0, no factor has a gradient.
+    """
+
+    method: ClassVar[str] = "tucker"
+
+    rank: Rank = 16
+    kernel_rank: int = 2
+    init: str = "reference"
+    trainable: Sequence[str] = ("core", "factors")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("rank", self._rank("rank", self.rank))
+        if not _is_int(self.kernel_rank) or self.kernel_rank < 1:
+            self._fail("kernel_rank", "must be a positive int")
+        self._set("kernel_rank", int(self.kernel_rank))
+        self._one_of("init", INITS)
+        parts = (self.trainable,) if isinstance(self.trainable, str) else self.trainable
+        if not _is_names(parts) or not parts or not all(part in PARTS for part in parts):
+            self._fail("trainable", f"must be some of {', '.join(PARTS)}")
+        self._set("trainable", tuple(part for part in PARTS if part in parts))
+        if "core" not in self.trainable:
+            self._fail("trainable", 'lacks "core", which starts at 0: no factor could ever learn')
+
+    def ranks(self, shape: Sequence[int], name: str = "") -> tuple[int, ...]:
+        """The rank of every mode of a weight of the shape (out, in / groups, k…).
+
+        Args:
+            shape: the weight's, in flora's order.
+            name: the module's, for the message.
+
+        Raises:
+            ValueError: a tuple of ranks that has not the weight's order or goes above a mode, or an empty mode.
+        """
+        where = f"{name}: " if name else ""
+        if not all(shape):
+            raise ValueError(f"{where}the weight's shape {tuple(shape)} has an empty mode")
+        if isinstance(self.rank, int):
+            wanted = [self.rank, self.rank, *[self.kernel_rank] * (len(shape) - 2)]
+            return tuple(min(rank, dim) for rank, dim in zip(wanted, shape, strict=True))
+        if len(self.rank) != len(shape):
+            raise ValueError(f"{where}rank={self.rank} must have one entry a mode of the weight {tuple(shape)}")
+        if any(rank > dim for rank, dim in zip(self.rank, shape, strict=True)):
+            raise ValueError(f"{where}rank={self.rank} goes above a mode of the weight {tuple(shape)}")
+        return self.rank
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern (a regex that must match the whole name, or a dotted suffix of it) means the module."""
+    return is_suffix(pattern, name) or re.fullmatch(pattern, name) is not None
+
+
+def is_suffix(suffix: str, name: str) -> bool:
+    """Whether the suffix is the whole name or its last components."""
+    return name == suffix or name.endswith(f".{suffix}")
+
+
+def first_match(patterns: Iterable[str], name: str) -> str | None:
+    """The first of the patterns that means the module, or None."""
+    return next((pattern for pattern in patterns if matches(pattern, name)), None)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list | tuple | set | frozenset)
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, Mapping):
+        return {key: _to_json(item) for key, item in value.items()}
+    return value
