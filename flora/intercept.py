@@ -1,0 +1,152 @@
+"""Deltas inside a forward that is not ours.
+
+A layer with a forward of its own (a convolution that pads by itself, a layer with hooks or with a forward that another
+library put on the instance) reads its weight and does something with it. `Intercept` is active while that forward runs
+and watches PyTorch's functions: a stock linear, convolution or embedding call on the weight is served with the delta on
+top; any other use of the weight gets W + s·ΔW in its place. The module itself is never changed, and the watch is local
+to the thread, so that several threads may run the same layer at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from flora.functional import ADDMM, LINEAR, ConvOp, Op, same_padding
+
+StockCall = Callable[[Op, Tensor, Tensor, Tensor | None], Tensor]
+
+_CONVOLUTIONS: dict[Any, int] = {
+    torch.conv1d: 1,
+    torch.conv2d: 2,
+    torch.conv3d: 3,
+    F.conv1d: 1,
+    F.conv2d: 2,
+    F.conv3d: 3,
+}
+
+_METADATA = {
+    *("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "layout", "is_cuda", "is_cpu", "is_meta"),
+    *("size", "dim", "stride", "numel", "is_floating_point", "element_size", "is_contiguous", "get_device", "ndimension"),
+    *("is_complex", "is_quantized", "is_sparse", "is_mkldnn", "grad_fn", "is_inference", "names", "is_nested"),
+}
+"""What may be asked of a weight without its values."""
+
+
+class Intercept(TorchFunctionMode):
+    """Puts a layer's deltas into the forward that runs inside it.
+
+    Parameters
+    ----------
+    is_weight
+        whether a tensor is the layer's weight.
+    turned
+        brings a weight of the layer into the order (out, in, *k).
+    stock
+        called with (op, x, W, b) for a stock operation on the weight: returns its adapted output.
+    embedding
+        called with (ids, W, everything else of the call) likewise.
+    effective
+        returns W + s·ΔW, or whatever is to stand for the weight in any other use.
+
+    After the forward, ``served`` counts the stock calls and ``replaced`` the other uses.
+    """
+
+    def __init__(
+        self,
+        is_weight: Callable[[Tensor], bool],
+        turned: Callable[[Tensor], Tensor],
+        stock: StockCall,
+        embedding: Callable[..., Tensor],
+        effective: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__()
+        self.is_weight, self.turned = is_weight, turned
+        self.stock, self.embedding, self.effective = stock, embedding, effective
+        self.served = self.replaced = 0
+        self._value: Tensor | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__get__":  # an attribute: named by the descriptor that it belongs to
+            name = getattr(getattr(func, "__self__", None), "__name__", "")
+        if name in _METADATA:
+            return func(*args, **kwargs)
+        call = self._stock_call(func, args, kwargs)
+        if call is not None:
+            self.served += 1
+            return call()
+        return func(*self._substituted(args), **self._substituted(kwargs))
+
+    def _stock_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Tensor] | None:
+        """The adapted form of a stock operation on the weight, or None if this call is not one."""
+        if func is F.linear:
+            x, weight, bias = _bound(("input", "weight", "bias"), args, kwargs)
+            return (lambda: self.stock(LINEAR, x, weight, bias)) if self._matches(weight) else None
+        if func is torch.addmm and not kwargs and len(args) == 3 and self._matches(args[2]):
+            bias, x, weight = args
+            if isinstance(bias, Tensor) and bias.ndim == 1 and self.turned(weight) is not weight:
+                return lambda: self.stock(ADDMM, x, self.turned(weight), bias)
+            return None
+        if func in _CONVOLUTIONS:
+            names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+            x, weight, bias, stride, padding, dilation, groups = _bound(names, args, kwargs)
+            if not self._matches(weight):
+                return None
+            op = _conv_op(_CONVOLUTIONS[func], weight, stride, padding, dilation, groups)
+            return lambda: self.stock(op, x, weight, bias)
+        if func is F.embedding:
+            ids, weight, *rest = _bound(
+                ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"), args, kwargs
+            )
+            return (lambda: self.embedding(ids, weight, rest[0])) if self._matches(weight) else None
+        return None
+
+    def _matches(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and self.is_weight(value)
+
+    def _substituted(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if not self.is_weight(value):
+                return value
+            self.replaced += 1
+            if self._value is None:
+                self._value = self.effective(value)
+            return self._value
+        if type(value) in (list, tuple):
+            return type(value)(self._substituted(v) for v in value)
+        if type(value) is dict:
+            return {k: self._substituted(v) for k, v in value.items()}
+        return value
+
+
+def _bound(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments of a call by the names of its parameters; None where one was left out."""
+    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
+
+
+def _conv_op(modes: int, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int | None) -> ConvOp:
+    """The operation of a ``conv1d`` to ``conv3d`` call, whose arguments may be ints, sequences, strings or left out."""
+
+    def spread(value: Any, default: int) -> tuple[int, ...]:
+        if value is None:
+            return (default,) * modes
+        if isinstance(value, int):
+            return (value,) * modes
+        values = tuple(int(v) for v in value)
+        return values * modes if len(values) == 1 else values
+
+    dilations = spread(dilation, 1)
+    if padding == "same":
+        pads = same_padding(weight.shape[2:], dilations)
+    else:
+        pads = tuple(p for p in spread(None if padding == "valid" else padding, 0) for _ in (0, 1))
+    return ConvOp(spread(stride, 1), pads, dilations, 1 if groups is None else groups)
