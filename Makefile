@@ -1,0 +1,63 @@
+# Everything runs from a virtual environment in .venv, which is set up on first use.
+# Needed beforehand: Python 3.11 or later with its headers, gcc, make and a package index.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+SANITIZED := build/sanitize
+
+INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built
+SOURCES := $(shell find csrc -name '*.[ch]') setup.py pyproject.toml
+
+SANITIZED_TESTS := $(wildcard $(addprefix tests/test_,core.py kernels.py boundary.py functional.py layers.py))
+
+.DEFAULT_GOAL := build
+.PHONY: build test lint format demo bench sanitize clean
+
+build: $(BUILT)  ## the extension, in place, with warnings as errors
+
+test: $(BUILT)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict flora
+	find csrc -name '*.[ch]' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.[ch]' | xargs $(BIN)/clang-format -i
+
+demo: $(BUILT)
+	$(BIN)/python -m flora finetune --output runs/demo $(ARGS)
+
+bench: $(BUILT)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# A build of its own beside the normal one. The tests run from its folder, so that it is the one they import.
+sanitize: $(INSTALLED)
+	rm -rf $(SANITIZED)
+	FLORA_DEVELOP=1 FLORA_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED)/objects \
+	  --build-lib $(SANITIZED)/lib
+	cd $(SANITIZED)/lib && export PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" && \
+	  ../../../$(BIN)/python -c 'import flora._core as c; assert "$(SANITIZED)" in c.__file__, c.__file__' && \
+	  ../../../$(BIN)/python -m pytest -c ../../../pyproject.toml --rootdir ../../.. \
+	    $(addprefix ../../../,$(SANITIZED_TESTS)) $(ARGS)
+
+clean:
+	rm -rf build dist runs *.egg-info $(BUILT) flora/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find flora tests benchmarks examples -name __pycache__ -prune -exec rm -r {} +
+
+# The stamps are made last, so that an interrupted installation is taken up again; a broken environment is made anew.
+$(INSTALLED): constraints.txt
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement constraints.txt
+	touch $@
+
+$(BUILT): $(INSTALLED) $(SOURCES)
+	FLORA_DEVELOP=1 $(BIN)/python -m pip install --quiet --no-build-isolation --constraint constraints.txt --editable .
+	touch $@

@@ -1,0 +1,109 @@
+"""The ways to fine-tune that the demo compares: each makes a pretrained network trainable in its own way."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+import flora
+from flora.finetune.data import require
+from flora.finetune.network import HEAD
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The size of the deltas: ``rank`` for channels, ``kernel_rank`` for kernel modes, ``scale`` times the update."""
+
+    rank: int
+    kernel_rank: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Method:
+    """A name for the table, the learning rate that validated best on the digits, and what is done to the network.
+
+    ``prepare`` returns the network to train and notes for the reader.
+    """
+
+    name: str
+    lr: float
+    prepare: Callable[[nn.Module, Ranks], tuple[nn.Module, tuple[str, ...]]]
+
+
+def head_only(model: nn.Module, ranks: Ranks) -> tuple[nn.Module, tuple[str, ...]]:
+    """Only the new classifier learns."""
+    model.requires_grad_(False).get_submodule(HEAD).requires_grad_(True)
+    return model, ()
+
+
+def full(model: nn.Module, ranks: Ranks) -> tuple[nn.Module, tuple[str, ...]]:
+    """Everything learns; only the BatchNorm statistics are held, as for the others."""
+    return model.requires_grad_(True), ()
+
+
+def flora_tucker(model: nn.Module, ranks: Ranks) -> tuple[nn.Module, tuple[str, ...]]:
+    """Every convolution gets a Tucker delta, depthwise and self-padding ones included, and the classifier learns."""
+    config = flora.TuckerConfig(
+        rank=ranks.rank, kernel_rank=ranks.kernel_rank, scale=ranks.scale, modules_to_save=[HEAD]
+    )
+    return flora.adapt(model, config), ()
+
+
+def peft_lora(model: nn.Module, ranks: Ranks) -> tuple[nn.Module, tuple[str, ...]]:
+    """PEFT's LoRA on every convolution that it accepts, once the network's own class is out of its way.
+
+    PEFT builds its adapter as another instance of the layer's class, which fails for this network's self-padding
+    convolutions; so they become a padding and a stock convolution first, which is the same function.
+    """
+    peft = require("peft")
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    for name, layer in layers.items():
+        model.set_submodule(name, _stock(layer))
+    accepted, refused = [], []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            trial = nn.Sequential()
+            trial.add_module("layer", copy.deepcopy(module))
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # that it cannot merge what it is about to refuse
+                    peft.get_peft_model(trial, peft.LoraConfig(r=ranks.rank, target_modules=["layer"]))
+                accepted.append(name)
+            except ValueError:
+                refused.append(name)
+    if not accepted:
+        raise ValueError(f"PEFT's LoRA of rank {ranks.rank} accepts none of the {len(refused)} convolutions")
+    config = peft.LoraConfig(
+        r=ranks.rank, lora_alpha=ranks.rank * ranks.scale, target_modules=accepted, modules_to_save=[HEAD]
+    )
+    notes = [f"LoRA is PEFT {peft.__version__}'s, on {len(accepted)} of {len(layers)} convolutions."]
+    if refused:
+        depthwise = sum(1 for name in refused if model.get_submodule(name).groups > 1)  # type: ignore[operator]
+        notes.append(f"It refuses {len(refused)}, {depthwise} of them depthwise: {', '.join(refused)}.")
+    return peft.get_peft_model(model, config), tuple(notes)
+
+
+def _stock(layer: nn.Conv2d) -> nn.Module:
+    """The same function as a stock convolution on the same parameters, behind a padding where the layer has one."""
+    stock = nn.Conv2d(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,  # type: ignore[arg-type]
+        tuple(layer.stride),  # type: ignore[arg-type]
+        groups=layer.groups,
+        bias=layer.bias is not None,
+    )
+    stock.weight, stock.bias = layer.weight, layer.bias
+    padding = getattr(layer, "static_padding", None)
+    return nn.Sequential(padding, stock) if isinstance(padding, nn.ZeroPad2d) else stock
+
+
+HEAD_ONLY = Method("head only", 3e-3, head_only)
+FLORA = Method("FLoRA", 3e-3, flora_tucker)
+LORA = Method("LoRA", 3e-3, peft_lora)
+FULL = Method("full fine-tuning", 3e-4, full)
