@@ -1,0 +1,1 @@
+"""``make bench``: flora beside its peers, one layer at a time, in one process."""
