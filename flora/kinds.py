@@ -20,6 +20,12 @@ class Kind:
     opaque = False
     """The weight is not there as plain numbers (quantised): only y = base(x) + s·ΔW·x is possible."""
 
+    def __init__(self, constant: str) -> None:
+        self._constant = constant
+
+    def __reduce__(self) -> str:
+        return self._constant  # copies and pickles are the module's own constant
+
     def shape(self, module: nn.Module) -> tuple[int, ...]:
         """The weight's shape as (out, in/groups, *k)."""
         return tuple(getattr(module, self.weight_name).shape)
@@ -106,12 +112,12 @@ class AttentionKind(Kind):
     weight_name = "in_proj_weight"
 
 
-LINEAR_KIND = LinearKind()
-OPAQUE_LINEAR = OpaqueLinearKind()
-TRANSPOSED = TransposedLinearKind()
-CONV = ConvKind()
-EMBEDDING = EmbeddingKind()
-ATTENTION = AttentionKind()
+LINEAR_KIND = LinearKind("LINEAR_KIND")
+OPAQUE_LINEAR = OpaqueLinearKind("OPAQUE_LINEAR")
+TRANSPOSED = TransposedLinearKind("TRANSPOSED")
+CONV = ConvKind("CONV")
+EMBEDDING = EmbeddingKind("EMBEDDING")
+ATTENTION = AttentionKind("ATTENTION")
 
 
 def _is_conv1d_class(cls: type) -> bool:

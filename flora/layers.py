@@ -1,0 +1,508 @@
+"""AdaptedLayer: a frozen base layer with named deltas on it. Everything that is the same for every delta and layer.
+
+A `Delta` knows a parametrisation, a `Kind` knows a layer, `flora.functional` knows how to compute; this file puts them
+together: forward, effective weight, merge and unmerge, enabling, state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+from torch.nn.utils import parametrize
+
+from flora import deltas as _deltas
+from flora.config import DeltaConfig
+from flora.deltas import Delta
+from flora.functional import ConvOp, Op, compute_dtype
+from flora.intercept import Intercept
+from flora.kinds import ATTENTION, EMBEDDING, Kind, describe, is_adaptable, kind_of, refusal
+
+__all__ = ["AdaptedLayer", "Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "is_adaptable", "refusal", "wrap"]
+
+
+class AdaptedLayer(nn.Module):
+    """A frozen layer and its deltas; takes the layer's place in a model and answers its attributes.
+
+    Parameters
+    ----------
+    base_layer
+        Linear, Conv1d to Conv3d, Embedding, MultiheadAttention (its packed input projection), transformers' Conv1D, a
+        subclass of one of them, or a quantised linear layer. Its own parameters are frozen.
+    name
+        the module's dotted name in its model, for messages.
+
+    Attributes
+    ----------
+    base_layer
+        the layer itself.
+    deltas
+        `torch.nn.ModuleDict` of `Delta` by adapter name.
+    active
+        names of the adapters in use; their updates add.
+    enabled
+        False: the forward is exactly the frozen base's, also while merged.
+    merged
+        whether the base holds W + s·ΔW. The original parameter is kept aside and put back by `unmerge`, bit for bit.
+    weight
+        the *effective* weight W + s·ΔW in the base's dtype and orientation, differentiable (``in_proj_weight`` on an
+        attention), since some modules read it instead of calling the layer. `base_layer.weight` is the frozen one.
+
+    Raises TypeError, naming the module, for a layer that cannot be adapted.
+    """
+
+    base_layer: nn.Module
+    deltas: nn.ModuleDict
+    name: str
+    reached: bool
+    """Whether a forward with gradients has used the deltas."""
+
+    def __init__(self, base_layer: nn.Module, *, name: str = "") -> None:
+        super().__init__()
+        try:
+            kind = kind_of(base_layer)
+        except TypeError as error:
+            raise TypeError(f"{name or describe(base_layer)} cannot be adapted: {error}") from None
+        self.name = name
+        self._kind = kind
+        self._active: tuple[str, ...] = ()
+        self._enabled = True
+        self._original: list[nn.Parameter] = []  # [the frozen parameter] while merged; a list, to stay unregistered
+        self._combined: list[nn.Parameter] = []  # [the merged parameter] while merged
+        self.reached = False
+        self.shape = kind.shape(base_layer)
+        self.base_layer = base_layer
+        self.deltas = nn.ModuleDict()
+        self.training = base_layer.training
+        for parameter in base_layer.parameters(recurse=kind is not ATTENTION):
+            parameter.requires_grad_(False)
+
+    # Deltas ------------------------------------------------------------------------------------------------------------
+
+    def add_delta(self, adapter: str, config: DeltaConfig, *, trainable: bool = True) -> Delta:
+        """Builds the delta of ``config`` under the name ``adapter``; it is not active before `set_active`.
+
+        Raises ValueError, naming the module, for a name that is taken or unfit, ranks that do not fit, or dropout on
+        a layer that has no single input (packed attention, Embedding).
+        """
+        check_adapter_name(adapter)
+        if adapter in self.deltas:
+            raise ValueError(f"{self._label}: there is already an adapter named {adapter!r}")
+        if config.dropout > 0 and self._kind in (ATTENTION, EMBEDDING):
+            raise ValueError(
+                f"{self._label}: dropout={config.dropout} is not possible on {describe(self.base_layer)}, whose delta "
+                "has no input of its own; leave it out or give dropout=0"
+            )
+        weight = None if self._kind.opaque else self._base_weight()
+        delta = _deltas.build(
+            config,
+            self.shape,
+            dtype=torch.float32 if weight is None else compute_dtype(weight.dtype),
+            device=self._device() if weight is None else weight.device,
+            weight=None if weight is None else self._kind.turned(weight),
+            name=self._label,
+        )
+        delta.set_trainable(trainable)
+        delta.train(self.training)
+        self.deltas[adapter] = delta
+        return delta
+
+    def delete_delta(self, adapter: str) -> None:
+        """Removes an adapter. Raises KeyError for an unknown one, RuntimeError for one that is merged."""
+        self._known(adapter)
+        if self.merged and adapter in self._active:
+            raise RuntimeError(f"{self._label}: adapter {adapter!r} is merged; unmerge first")
+        self._active = tuple(n for n in self._active if n != adapter)
+        del self.deltas[adapter]
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        return self._active
+
+    def set_active(self, names: Sequence[str]) -> None:
+        """Puts these adapters in use, in this order. KeyError for an unknown one, RuntimeError while merged."""
+        names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+        for adapter in names:
+            self._known(adapter)
+        if self.merged and names != self._active:
+            raise RuntimeError(f"{self._label}: adapters {list(self._active)} are merged; unmerge first")
+        self._active = names
+
+    def _known(self, adapter: str) -> None:
+        if adapter not in self.deltas:
+            raise KeyError(f"{self._label}: no adapter named {adapter!r}; there are {sorted(self.deltas)}")
+
+    def _in_use(self) -> list[Delta]:
+        if not self._enabled or self._original:
+            return []
+        return [self.deltas[n] for n in self._active]  # type: ignore[misc]
+
+    @property
+    def _label(self) -> str:
+        return self.name or describe(self.base_layer)
+
+    # Forward -----------------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the base layer returns for these arguments, with the active deltas on top; shapes are the base's."""
+        base, deltas = self.base_layer, self._in_use()
+        if not deltas:
+            return base(*args, **kwargs)
+        if torch.is_grad_enabled():
+            self.__dict__["reached"] = True
+        kind = self._kind
+        if kind.opaque:
+            return self._opaque_forward(deltas, *args, **kwargs)
+        if len(args) == 1 and not kwargs and kind.stock(base) and not _has_hooks(base):
+            if kind is EMBEDDING:
+                return self._embed(args[0], base.weight, base.padding_idx, deltas)  # type: ignore[arg-type]
+            weight: Tensor = base.weight  # type: ignore[assignment]
+            return self._call(kind.op(base), args[0], kind.turned(weight), base.bias, deltas)  # type: ignore[arg-type]
+        return self._foreign_forward(deltas, args, kwargs)
+
+    def _call(self, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[Delta]) -> Tensor:
+        """The stock operation with every delta on top: the first in the base's own node, the others added to it."""
+        unbatched = isinstance(op, ConvOp) and x.ndim == weight.ndim - 1
+        if unbatched:
+            x = x.unsqueeze(0)
+        if x.ndim == 0 or (isinstance(op, ConvOp) and x.ndim != weight.ndim):
+            return op.base(x, weight, bias)  # which raises PyTorch's own error
+        y = deltas[0].adapted(op, x, weight, bias)
+        for delta in deltas[1:]:
+            y = y + delta.update(op, x).to(y.dtype)
+        return y.squeeze(0) if unbatched else y
+
+    def _embed(self, ids: Tensor, weight: Tensor, padding_idx: int | None, deltas: Sequence[Delta]) -> Tensor:
+        base: nn.Embedding = self.base_layer  # type: ignore[assignment]
+        y = F.embedding(ids, weight, padding_idx, None, 2.0, base.scale_grad_by_freq, base.sparse)
+        if padding_idx is not None and padding_idx < 0:
+            padding_idx += weight.shape[0]
+        for delta in deltas:
+            rows = delta.embedding_update(ids, padding_idx)
+            y = (y.to(rows.dtype) + rows).to(y.dtype)
+        return y
+
+    def _opaque_forward(self, deltas: Sequence[Delta], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        y = self.base_layer(x, *args, **kwargs)
+        for delta in deltas:
+            y = y + delta.update(self._kind.op(self.base_layer), x).to(y.dtype)
+        return y
+
+    def _foreign_forward(self, deltas: Sequence[Delta], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The base's own forward (hooks included) with the deltas put in by `Intercept`."""
+        base = self.base_layer
+        dropped = any(delta.dropout > 0 for delta in deltas)
+
+        def stock(op: Op, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return self._call(op, x, weight, bias, deltas)
+
+        def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
+            return self._embed(ids, weight, padding_idx, deltas)
+
+        def effective(weight: Tensor) -> Tensor:
+            return weight if dropped else self._effective(weight, deltas)
+
+        watch = Intercept(self._weight_test(), self._kind.turned, stock, embedding, effective)
+        with watch:
+            y = base(*args, **kwargs)
+        if not watch.served and not watch.replaced:
+            raise RuntimeError(
+                f"{self._label}: the forward of {describe(base)} never used its {self._kind.weight_name}, so the delta "
+                "would have no effect; leave this module out (exclude_modules)"
+            )
+        if dropped and watch.replaced:
+            y = y + self._dropped_update(deltas, args, kwargs)
+        return y
+
+    def _dropped_update(self, deltas: Sequence[Delta], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The base's own forward on dropped x with s·ΔW for a weight and no bias: for weights used in their own way."""
+        base, total = self.base_layer, None
+        bias = base._parameters.get("bias")
+        for delta in deltas:
+            x = F.dropout(args[0], delta.dropout)
+            turned = self._kind.turned(delta.effective_weight(None))
+            change = turned.to(self._base_weight().dtype)
+            watch = _Substitute({id(self._base_weight()): change} | ({id(bias): bias * 0} if bias is not None else {}))
+            with watch:
+                y = base(x, *args[1:], **kwargs)
+            total = y if total is None else total + y
+        return total
+
+    def _weight_test(self) -> Callable[[Tensor], bool]:
+        """Recognises the layer's weight among the tensors of its forward.
+
+        By identity with the attribute of the moment (a hook may set it anew in each forward); a parametrised weight is
+        computed at every access, and is known by its shape in the one stock call that such a layer makes.
+        """
+        base, name = self.base_layer, self._kind.weight_name
+        if parametrize.is_parametrized(base, name):
+            shape = self.shape
+            return lambda t: t.shape == shape
+        parameters, own = base._parameters, base.__dict__
+        return lambda t: t is parameters.get(name) or t is own.get(name)
+
+    # The effective weight ----------------------------------------------------------------------------------------------
+
+    def _base_weight(self) -> Tensor:
+        weight: Tensor = getattr(self.base_layer, self._kind.weight_name)
+        return weight
+
+    def _device(self) -> torch.device:
+        tensors = [*self.base_layer.parameters(), *self.base_layer.buffers()]
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    def _effective(self, weight: Tensor, deltas: Sequence[Delta]) -> Tensor:
+        """W + Σ s·ΔW in W's orientation and dtype, summed above half precision and rounded once."""
+        turned = self._kind.turned(weight)
+        if len(deltas) == 1:
+            return self._kind.turned(deltas[0].effective_weight(turned))
+        total = turned.to(deltas[0].effective_weight(None).dtype)
+        for delta in deltas:
+            total = delta.effective_weight(total)
+        return self._kind.turned(total.to(weight.dtype))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules", {})
+            base = modules.get("base_layer")
+            if base is None:
+                raise
+        if name == self._kind.weight_name and not self._kind.opaque:
+            deltas = self._in_use()
+            if deltas:
+                if torch.is_grad_enabled():
+                    self.__dict__["reached"] = True
+                return self._effective(self._base_weight(), deltas)
+        try:
+            return getattr(base, name)
+        except AttributeError:
+            raise AttributeError(
+                f"neither AdaptedLayer nor its base {describe(base)} has an attribute {name!r}"
+            ) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        kind = self.__dict__.get("_kind")
+        if kind is not None and name in (kind.weight_name, "bias"):
+            if self._original:
+                raise RuntimeError(f"{self._label}: {name} cannot be set while an adapter is merged; unmerge first")
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    # Merging -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def merged(self) -> bool:
+        return bool(self._original)
+
+    def check_mergeable(self) -> str | None:
+        """Why the active deltas cannot be merged into the base, or None if they can."""
+        base, name = self.base_layer, self._kind.weight_name
+        if self._kind.opaque:
+            return f"the weight of {describe(base)} is quantised or packed"
+        if parametrize.is_parametrized(base, name):
+            return f"its {name} is parametrised and computed at every access"
+        parameter = base._parameters.get(name)
+        if parameter is None:
+            return f"its {name} is not a parameter but set anew in each forward (weight_norm or another hook)"
+        if parameter.is_meta:
+            return f"its {name} is on the meta device"
+        return None
+
+    def merge(self) -> None:
+        """Puts W + Σ s·ΔW of the active adapters into the base, as a new parameter.
+
+        Computed in float32 (float64 for a float64 base) and rounded once to the base's dtype. A parameter that is
+        shared with another module stays as it was there. Raises RuntimeError, naming the module, where that is
+        impossible, when already merged, or with no active adapter.
+        """
+        reason = self.check_mergeable()
+        if reason is None and self.merged:
+            reason = f"adapters {list(self._active)} are merged already"
+        if reason is None and not self._active:
+            reason = "no adapter is active"
+        if reason is not None:
+            raise RuntimeError(f"{self._label} cannot be merged: {reason}")
+        name = self._kind.weight_name
+        original = self.base_layer._parameters[name]
+        assert original is not None
+        with torch.no_grad():
+            value = self._effective(original, [self.deltas[n] for n in self._active])  # type: ignore[misc]
+        combined = nn.Parameter(value.contiguous(), requires_grad=False)
+        self._original, self._combined = [original], [combined]
+        self._install()
+
+    def unmerge(self) -> None:
+        """Puts the original parameter back: the very same one. RuntimeError, naming the module, if not merged."""
+        if not self.merged:
+            raise RuntimeError(f"{self._label} is not merged")
+        self.base_layer._parameters[self._kind.weight_name] = self._original[0]
+        self._original, self._combined = [], []
+
+    def _install(self) -> None:
+        """The parameter that the base should hold now, while merged."""
+        parameter = (self._combined if self._enabled else self._original)[0]
+        self.base_layer._parameters[self._kind.weight_name] = parameter
+
+    @property
+    def enabled(self) -> bool:
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._enabled = bool(value)
+        if self.merged:
+            self._install()
+
+    def unload(self, merge: bool) -> nn.Module:
+        """The module to put back in this one's place: with the active deltas merged in, or exactly the original."""
+        if merge and self._active and not self.merged:
+            self.merge()
+        if merge and self.merged:
+            self._enabled = True
+            self._install()
+            self._original, self._combined = [], []
+        elif self.merged:
+            self.unmerge()
+        return self.base_layer
+
+    # State -------------------------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        for parameter in (*self._original, *self._combined):
+            if parameter is not self.base_layer._parameters.get(self._kind.weight_name):
+                parameter.data = fn(parameter.data)
+        return self
+
+    def plan_of(self, adapter: str) -> str:
+        """How the layer computes with this adapter: its plan, "own forward", "opaque" or "lookup"."""
+        self._known(adapter)
+        base, kind = self.base_layer, self._kind
+        if kind.opaque:
+            return "opaque"
+        if kind is EMBEDDING:
+            return "lookup"
+        if not kind.stock(base) or _has_hooks(base):
+            return "own forward"
+        delta: Delta = self.deltas[adapter]  # type: ignore[assignment]
+        return delta.config.plan
+
+    def extra_repr(self) -> str:
+        return f"active={list(self._active)}, merged={self.merged}"
+
+    def adapters(self) -> Iterator[tuple[str, Delta]]:
+        """(name, delta) of every adapter on this layer."""
+        yield from self.deltas.items()  # type: ignore[misc]
+
+
+class _Substitute(torch.overrides.TorchFunctionMode):
+    """Stands given tensors in for others, by identity, in every function of the forward that runs inside."""
+
+    def __init__(self, stand_ins: dict[int, Tensor]) -> None:
+        super().__init__()
+        self.stand_ins = stand_ins
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def swapped(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return self.stand_ins.get(id(value), value)
+            if type(value) in (list, tuple):
+                return type(value)(swapped(v) for v in value)
+            return value
+
+        return func(*swapped(tuple(args)), **{k: swapped(v) for k, v in (kwargs or {}).items()})
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    )
+
+
+def check_adapter_name(name: str) -> None:
+    """Raises ValueError for a name that can be neither a module's key nor a folder's name."""
+    if not isinstance(name, str) or not name or not name.replace("-", "_").replace("_", "a").isalnum():
+        raise ValueError(f"adapter name {name!r} must be letters, digits, '-' and '_'")
+    if hasattr(nn.ModuleDict, name):
+        raise ValueError(f"adapter name {name!r} is taken by a method of torch.nn.ModuleDict")
+
+
+def wrap(module: nn.Module, config: DeltaConfig, name: str = "default") -> AdaptedLayer:
+    """One layer with one delta on it, drop-in; the layer is frozen.
+
+    Raises TypeError for a layer that cannot be adapted, ValueError for ranks that do not fit its weight.
+
+    >>> layer = flora.wrap(nn.Conv2d(64, 128, 3, padding=1), flora.TuckerConfig(rank=8))
+    """
+    if isinstance(module, AdaptedLayer):
+        raise TypeError(f"{module.name or describe(module.base_layer)} is adapted already; use add_delta")
+    state = [(p, p.requires_grad) for p in module.parameters()]
+    layer = AdaptedLayer(module)
+    try:
+        layer.add_delta(name, config.for_module(""))
+    except BaseException:
+        for parameter, flag in state:
+            parameter.requires_grad_(flag)
+        raise
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    layer.set_active([name])
+    return layer
+
+
+class _Built(AdaptedLayer):
+    """An AdaptedLayer that makes its own base."""
+
+    def __init__(self, base_layer: nn.Module, delta: DeltaConfig) -> None:
+        super().__init__(base_layer)
+        self.add_delta("default", delta.for_module(""))
+        self.set_active(["default"])
+
+
+class Linear(_Built):
+    """`torch.nn.Linear` with a delta: x (..., in_features) to (..., out_features). ``delta`` is a configuration."""
+
+    def __init__(self, in_features: int, out_features: int, *args: Any, delta: DeltaConfig, **kwargs: Any) -> None:
+        super().__init__(nn.Linear(in_features, out_features, *args, **kwargs), delta)
+
+
+class Conv1d(_Built):
+    """`torch.nn.Conv1d` with a delta: x (batch, in_channels, length). ``delta`` is a configuration."""
+
+    def __init__(self, in_channels: int, out_channels: int, *args: Any, delta: DeltaConfig, **kwargs: Any) -> None:
+        super().__init__(nn.Conv1d(in_channels, out_channels, *args, **kwargs), delta)
+
+
+class Conv2d(_Built):
+    """`torch.nn.Conv2d` with a delta: x (batch, in_channels, height, width). ``delta`` is a configuration."""
+
+    def __init__(self, in_channels: int, out_channels: int, *args: Any, delta: DeltaConfig, **kwargs: Any) -> None:
+        super().__init__(nn.Conv2d(in_channels, out_channels, *args, **kwargs), delta)
+
+
+class Conv3d(_Built):
+    """`torch.nn.Conv3d` with a delta: x (batch, in_channels, depth, height, width). ``delta`` is a configuration."""
+
+    def __init__(self, in_channels: int, out_channels: int, *args: Any, delta: DeltaConfig, **kwargs: Any) -> None:
+        super().__init__(nn.Conv3d(in_channels, out_channels, *args, **kwargs), delta)
+
+
+class Embedding(_Built):
+    """`torch.nn.Embedding` with a delta: ids (...) to (..., embedding_dim). ``delta`` is a configuration."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *args: Any, delta: DeltaConfig, **kwargs: Any) -> None:
+        super().__init__(nn.Embedding(num_embeddings, embedding_dim, *args, **kwargs), delta)
