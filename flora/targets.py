@@ -1,0 +1,294 @@
+"""Which modules of a model a configuration means. Nothing here changes a model."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from flora.config import DeltaConfig, Targets, is_suffix, matches
+from flora.kinds import describe, is_adaptable, refusal
+from flora.layers import AdaptedLayer
+from flora.saved import SavedModule
+
+Configs = DeltaConfig | Mapping[str, DeltaConfig]
+
+_NOT_SAVED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module of the unadapted model is registered."""
+
+    name: str
+    """Its dotted name in the unadapted model; "" for the root."""
+    module: nn.Module
+    """What is registered there: the original, or the AdaptedLayer or SavedModule that stands for it."""
+    parent: nn.Module | None
+    key: str
+
+    @property
+    def original(self) -> nn.Module:
+        """The module of the unadapted model."""
+        return self.module.base_layer if isinstance(self.module, AdaptedLayer | SavedModule) else self.module
+
+    def put(self, module: nn.Module) -> None:
+        """Register another module here."""
+        assert self.parent is not None
+        setattr(self.parent, self.key, module)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module, wherever it is registered."""
+
+    name: str
+    """Its first name."""
+    places: list[Place]
+    config: DeltaConfig | None = None
+    """For a layer to adapt: its own configuration, patterns applied."""
+    pattern: str = ""
+    """For a layer to adapt: the pattern of the mapping that it matched; "" if one configuration serves all."""
+
+    @property
+    def original(self) -> nn.Module:
+        """The module of the unadapted model."""
+        return self.places[0].original
+
+    @property
+    def module(self) -> nn.Module:
+        """What is registered for it now."""
+        return self.places[0].module
+
+    def any(self, test: Callable[[str], bool]) -> bool:
+        """Whether one of its names passes a test."""
+        return any(test(place.name) for place in self.places)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a configuration means in a model."""
+
+    layers: list[Target]
+    saved: list[Target]
+    left_alone: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Class and reason, by name, of every module with a weight of its own that is neither adapted nor saved."""
+
+
+def places(model: nn.Module) -> Iterator[Place]:
+    """Every module by every name of the unadapted model, parents first; what the library put there is seen through."""
+
+    def walk(place: Place) -> Iterator[Place]:
+        yield place
+        parent = place.original
+        for key, child in parent._modules.items():
+            if child is not None:
+                yield from walk(Place(f"{place.name}.{key}" if place.name else key, child, parent, key))
+
+    return walk(Place("", model, None, ""))
+
+
+def distinct(found: Iterable[Place]) -> list[Target]:
+    """The places of each module together, in the order of their first names."""
+    by_module: dict[int, Target] = {}
+    for place in found:
+        by_module.setdefault(id(place.original), Target(place.name, [])).places.append(place)
+    return list(by_module.values())
+
+
+def by_pattern(config: Configs) -> dict[str, DeltaConfig]:
+    """A mapping of patterns to configurations as it is, after a check; one configuration under the pattern "".
+
+    Raises:
+        TypeError: neither a configuration nor a mapping of patterns to them.
+        ValueError: an empty mapping, a pattern that is no regex, or a configuration that has targets of its own.
+    """
+    if isinstance(config, DeltaConfig):
+        return {"": config}
+    if not isinstance(config, Mapping) or not all(isinstance(item, DeltaConfig) for item in config.values()):
+        raise TypeError(f"config must be a DeltaConfig or a mapping of patterns to them, not {config!r}")
+    if not config:
+        raise ValueError("config is an empty mapping")
+    for pattern, own in config.items():
+        if not isinstance(pattern, str) or not pattern:
+            raise ValueError(f"pattern={pattern!r} must be a string that is not empty")
+        if own.target_modules != "all":
+            raise ValueError(f"pattern={pattern!r}: target_modules={own.target_modules!r} must be left to the pattern")
+        replace(own, target_modules=pattern)  # checks the regex
+    return dict(config)
+
+
+def select(model: nn.Module, config: Configs) -> Selection:
+    """Find the modules that a configuration, or a mapping of patterns to configurations, means.
+
+    Args:
+        model: may already have adapters; names are those of the unadapted model.
+        config: in a mapping each key stands for ``target_modules``: a regex that must match the whole name, a dotted
+            suffix, or "all"; the first that matches counts.
+
+    Raises:
+        TypeError, ValueError: as `by_pattern`; a name or pattern that matches nothing, with its near misses; a layer
+            that was named but cannot be adapted.
+    """
+    configs = by_pattern(config)
+    candidates = distinct(p for p in places(model) if p.name and "parametrizations" not in p.name.split("."))
+    saved = _saved([name for own in configs.values() for name in own.modules_to_save or ()], candidates)
+    saved_names = {place.name for target in saved for place in target.places}
+    closed = {p.name for target in candidates for p in target.places if isinstance(p.module, SavedModule)}
+    layers: dict[str, Target] = {}
+    left_alone: dict[str, tuple[str, str]] = {}
+    for pattern, own in configs.items():
+        what, wanted = (f"pattern={pattern!r}", pattern) if pattern else _shown("target_modules", own.target_modules)
+        found = _pattern_matches(pattern, candidates) if pattern else _matches(what, own.target_modules, candidates)
+        excluded = _excluded(own, candidates)
+        chosen: list[str] = []
+        for target in found:
+            if target.name in layers or target.any(lambda name: _inside(name, saved_names)):
+                continue
+            reason = "it is excluded" if target.name in excluded else _refusal(target, closed)
+            if reason is None:
+                layers[target.name] = replace(target, config=own.for_module(target.name), pattern=pattern)
+                chosen.append(target.name)
+            elif target.name not in excluded and _named(wanted, target):
+                raise ValueError(f"{target.name}: {what} names it, but {reason}")
+            else:
+                left_alone.setdefault(target.name, (describe(target.original), reason))
+        if not chosen:
+            reasons = sorted({reason for _, reason in left_alone.values()})
+            raise ValueError(f"{what} leaves nothing to adapt" + (f": {'; '.join(reasons)}" if reasons else ""))
+        _check_patterns(own, chosen)
+    for target in candidates:
+        known = target.name in layers or target.any(lambda name: _inside(name, saved_names))
+        if not known and _has_weight(target.original):
+            reason = _refusal(target, closed) or "it was not named"
+            left_alone.setdefault(target.name, (describe(target.original), reason))
+    return Selection(list(layers.values()), saved, left_alone)
+
+
+def near_misses(pattern: str, names: Iterable[str]) -> str:
+    """The end of a message: what a pattern that matches nothing may have meant."""
+    pool: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        pool.update({".".join(parts[i:]): None for i in reversed(range(len(parts)))})
+    near = difflib.get_close_matches(pattern, pool, n=5, cutoff=0.5)
+    if near:
+        return f"; near misses: {', '.join(map(repr, near))}"
+    last = list(dict.fromkeys(name.rpartition(".")[2] for name in pool))
+    return f"; there are {', '.join(map(repr, last[:8]))}{', …' if len(last) > 8 else ''}" if last else ""
+
+
+def _shown(what: str, targets: Targets) -> tuple[str, Targets]:
+    value = getattr(targets, "__qualname__", repr(targets)) if callable(targets) else repr(targets)
+    return f"{what}={value}", targets
+
+
+def _matches(what: str, targets: Targets, candidates: list[Target]) -> list[Target]:
+    """The candidates that a selection means; ValueError if it, or one of its names, means none."""
+    names = [target.name for target in candidates if _has_weight(target.original)]
+    if callable(targets):
+        found = [target for target in candidates if any(targets(p.name, p.original) for p in target.places)]
+    elif targets == "all":
+        found = [target for target in candidates if is_adaptable(target.original)]
+    elif isinstance(targets, str):
+        found = [target for target in candidates if target.any(partial(_is_whole, targets))]
+    else:
+        found = []
+        for suffix in targets:
+            hits = [target for target in candidates if target.any(partial(is_suffix, suffix))]
+            if not hits:
+                raise ValueError(f"{what}: {suffix!r} matches no module{near_misses(suffix, names)}")
+            found += hits
+    if not found:
+        hint = near_misses(targets if isinstance(targets, str) and targets != "all" else "", names)
+        raise ValueError(f"{what} matches no module{hint}")
+    return found
+
+
+def _is_whole(pattern: str, name: str) -> bool:
+    return re.fullmatch(pattern, name) is not None
+
+
+def _pattern_matches(pattern: str, candidates: list[Target]) -> list[Target]:
+    if pattern == "all":
+        return _matches("pattern='all'", "all", candidates)
+    found = [target for target in candidates if target.any(partial(matches, pattern))]
+    if not found:
+        names = [target.name for target in candidates if _has_weight(target.original)]
+        raise ValueError(f"pattern={pattern!r} matches no module{near_misses(pattern, names)}")
+    return found
+
+
+def _excluded(config: DeltaConfig, candidates: list[Target]) -> set[str]:
+    """First names of the modules that are excluded, by themselves or with a module that holds them."""
+    if config.exclude_modules is None:
+        return set()
+    what, targets = _shown("exclude_modules", config.exclude_modules)
+    heads = {place.name for target in _matches(what, targets, candidates) for place in target.places}
+    return {target.name for target in candidates if target.any(lambda name: _inside(name, heads))}
+
+
+def _saved(wanted: list[str], candidates: list[Target]) -> list[Target]:
+    """The modules that ``modules_to_save`` means, less those inside another of them."""
+    if not wanted:
+        return []
+    found = {target.name: target for target in _matches("modules_to_save", tuple(wanted), candidates)}
+    for name, target in found.items():
+        reason = _unsavable(target)
+        if reason is not None:
+            raise ValueError(f"{name}: modules_to_save names it, but {reason}")
+    heads = set(found)
+    return [target for name, target in found.items() if not _inside(name.rpartition(".")[0], heads)]
+
+
+def _unsavable(target: Target) -> str | None:
+    module = target.original
+    if isinstance(module, _NOT_SAVED):
+        return f"a {describe(module)} is never called; name the modules in it"
+    if not any(True for _ in module.parameters()):
+        return f"this {describe(module)} has no parameters"
+    held = isinstance(target.module, AdaptedLayer)
+    if held or any(isinstance(inner, AdaptedLayer | SavedModule) for inner in module.modules()):
+        return "another adapter already holds it or a part of it"
+    return None
+
+
+def _check_patterns(config: DeltaConfig, chosen: list[str]) -> None:
+    for what in ("rank_pattern", "scale_pattern"):
+        patterns: Mapping[str, Any] = getattr(config, what) or {}
+        for pattern in patterns:
+            if not any(matches(pattern, name) for name in chosen):
+                raise ValueError(f"{what}={pattern!r} matches no adapted module{near_misses(pattern, chosen)}")
+
+
+def _refusal(target: Target, closed: Collection[str]) -> str | None:
+    if target.any(lambda name: _inside(name, closed)):
+        return "another adapter trains it whole"
+    return refusal(target.original)
+
+
+def _named(targets: Targets, target: Target) -> bool:
+    """Whether a match is meant for that very layer: by name, or by a pattern if it has a weight at all."""
+    if isinstance(targets, str) or callable(targets):
+        return targets != "all" and _has_weight(target.original)
+    return True
+
+
+def _has_weight(module: nn.Module) -> bool:
+    own = any(parameter is not None for parameter in module._parameters.values())
+    return own or parametrize.is_parametrized(module)
+
+
+def _inside(name: str, heads: Collection[str]) -> bool:
+    """Whether a module is one of the heads or inside one."""
+    while name not in heads:
+        name = name.rpartition(".")[0]
+        if not name:
+            return False
+    return True
