@@ -1,0 +1,64 @@
+/* Borrowing the memory of Python arrays.
+ *
+ * A loan is a view of an array's memory with whatever keeps that memory alive. `flora_borrow` refuses, with a Python
+ * error and nothing held, every array that a kernel could not read or write safely; see view.c for the list.
+ * Everything here needs the GIL; the view itself may be used without it until `flora_return_loan`.
+ */
+#ifndef FLORA_VIEW_H
+#define FLORA_VIEW_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "flora.h"
+
+#define FLORA_CACHED_TYPES 8
+
+struct flora_cached_api {
+    PyObject *type;  /* strong */
+    const void *api; /* its DLPack exchange table, or NULL if it has none */
+};
+
+/* What the module remembers between calls; one for each module object. */
+typedef struct {
+    PyObject *tensor, *parameter; /* torch.Tensor and torch.nn.Parameter once torch is imported, else NULL */
+    PyObject *increment_version, *is_grad_enabled;
+    const void *torch_api; /* torch.Tensor's exchange table, or NULL */
+    PyObject *str_requires_grad, *str_is_neg, *str_resolve_neg, *str_dlpack, *str_exchange_api, *str_torch;
+    struct flora_cached_api cached[FLORA_CACHED_TYPES]; /* types of other frameworks */
+} flora_boundary;
+
+/* Who borrows: both appear in messages, as "tucker_reconstruct: factors[2] …"; index -1 for an argument by itself. */
+typedef struct {
+    const char *function, *name;
+    int index, output;
+} flora_borrower;
+
+typedef struct {
+    flora_view view;
+    flora_borrower who;
+    PyObject *object;    /* strong: the array whose memory this is */
+    void *managed;       /* an owned DLPack tensor whose deleter is still to be called, or NULL */
+    int versioned;       /* which of the two structs `managed` is */
+    uintptr_t low, high; /* the bytes [low, high) that it may touch; equal when it has no elements */
+} flora_loan;
+
+int flora_boundary_init(flora_boundary *boundary);
+int flora_boundary_traverse(flora_boundary *boundary, visitproc visit, void *arg);
+void flora_boundary_clear(flora_boundary *boundary);
+
+/* 1 if torch is imported and its tensors are borrowed through the DLPack exchange API, 0 if not, -1 with an error. */
+int flora_boundary_uses_exchange_api(flora_boundary *boundary);
+
+/* 0 with a filled loan, or -1 with a Python error. */
+int flora_borrow(flora_boundary *boundary, PyObject *object, flora_borrower who, flora_loan *loan);
+void flora_return_loan(flora_loan *loan);
+
+/* -1 with ValueError if an output may overlap itself or another loan. Two loans of the very same view are let pass
+ * when their names are `same_a` and `same_b` (NULL: never). */
+int flora_check_overlap(const flora_loan *loans, int count, const char *same_a, const char *same_b);
+
+/* Tells autograd that the torch tensors among the outputs have changed. */
+int flora_mark_written(flora_boundary *boundary, const flora_loan *loans, int count);
+
+#endif

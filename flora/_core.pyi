@@ -1,0 +1,86 @@
+"""Types of the extension. Its docstrings have the formulas; `flora.reference` has a twin of every tucker function."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeAlias, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+class _SupportsDLPack(Protocol):
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+_Array: TypeAlias = Tensor | NDArray[np.floating[Any]] | _SupportsDLPack
+
+class _Info(TypedDict):
+    isa: str
+    isa_available: list[str]
+    threads: int
+    pool: str
+    exchange_api: bool
+
+def tucker_linear_forward(
+    y: _Array, h: _Array | None, x: _Array, u_in: _Array, core: _Array | None, u_out: _Array, scale: float, /
+) -> None: ...
+def tucker_linear_backward(
+    dx: _Array | None,
+    d_u_in: _Array | None,
+    d_core: _Array | None,
+    d_u_out: _Array | None,
+    dy: _Array,
+    x: _Array | None,
+    h: _Array | None,
+    u_in: _Array,
+    core: _Array | None,
+    u_out: _Array,
+    scale: float,
+    /,
+) -> None: ...
+def tucker_conv_forward(
+    y: _Array,
+    h: _Array | None,
+    x: _Array,
+    u_in: _Array,
+    core: _Array,
+    u_out: _Array,
+    scale: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    padding_mode: str,
+    /,
+) -> None: ...
+def tucker_conv_backward(
+    dx: _Array | None,
+    d_u_in: _Array | None,
+    d_core: _Array | None,
+    d_u_out: _Array | None,
+    dy: _Array,
+    x: _Array | None,
+    h: _Array | None,
+    u_in: _Array,
+    core: _Array,
+    u_out: _Array,
+    scale: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    padding_mode: str,
+    /,
+) -> None: ...
+def tucker_reconstruct(
+    out: _Array, weight: _Array | None, core: _Array, factors: Sequence[_Array | None], scale: float, /
+) -> None: ...
+def tucker_reconstruct_backward(
+    d_core: _Array | None,
+    d_factors: Sequence[_Array | None],
+    d_weight: _Array,
+    core: _Array,
+    factors: Sequence[_Array | None],
+    scale: float,
+    /,
+) -> None: ...
+def info() -> _Info: ...
+def set_isa(name: str, /) -> None: ...
