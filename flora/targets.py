@@ -138,9 +138,9 @@ def select(model: nn.Module, config: Configs) -> Selection:
     """
     configs = by_pattern(config)
     candidates = distinct(p for p in places(model) if p.name and "parametrizations" not in p.name.split("."))
-    saved = _saved([name for own in configs.values() for name in own.modules_to_save or ()], candidates)
-    saved_names = {place.name for target in saved for place in target.places}
     closed = {p.name for target in candidates for p in target.places if isinstance(p.module, SavedModule)}
+    saved = _saved([name for own in configs.values() for name in own.modules_to_save or ()], candidates, closed)
+    saved_names = {place.name for target in saved for place in target.places}
     layers: dict[str, Target] = {}
     left_alone: dict[str, tuple[str, str]] = {}
     for pattern, own in configs.items():
@@ -234,26 +234,26 @@ def _excluded(config: DeltaConfig, candidates: list[Target]) -> set[str]:
     return {target.name for target in candidates if target.any(lambda name: _inside(name, heads))}
 
 
-def _saved(wanted: list[str], candidates: list[Target]) -> list[Target]:
+def _saved(wanted: list[str], candidates: list[Target], closed: Collection[str]) -> list[Target]:
     """The modules that ``modules_to_save`` means, less those inside another of them."""
     if not wanted:
         return []
     found = {target.name: target for target in _matches("modules_to_save", tuple(wanted), candidates)}
     for name, target in found.items():
-        reason = _unsavable(target)
+        reason = _unsavable(target, closed)
         if reason is not None:
             raise ValueError(f"{name}: modules_to_save names it, but {reason}")
     heads = set(found)
     return [target for name, target in found.items() if not _inside(name.rpartition(".")[0], heads)]
 
 
-def _unsavable(target: Target) -> str | None:
+def _unsavable(target: Target, closed: Collection[str]) -> str | None:
     module = target.original
     if isinstance(module, _NOT_SAVED):
         return f"a {describe(module)} is never called; name the modules in it"
     if not any(True for _ in module.parameters()):
         return f"this {describe(module)} has no parameters"
-    held = isinstance(target.module, AdaptedLayer)
+    held = isinstance(target.module, AdaptedLayer) or target.any(lambda name: _inside(name.rpartition(".")[0], closed))
     if held or any(isinstance(inner, AdaptedLayer | SavedModule) for inner in module.modules()):
         return "another adapter already holds it or a part of it"
     return None

@@ -1,0 +1,497 @@
+"""The verbs on whole models: adapt, add, choose and delete adapters, merge, unmerge, unload, disable.
+
+Every verb is all or nothing: what can be checked is checked before the first change, and what fails after it is undone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from flora.config import DeltaConfig
+from flora.deltas import Delta
+from flora.layers import AdaptedLayer, check_adapter_name
+from flora.saved import SavedModule
+from flora.targets import Configs, Selection, distinct, places, select
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+@dataclass
+class Adapter:
+    """What a model remembers of one adapter."""
+
+    config: Configs
+    patterns: dict[str, str] = field(default_factory=dict)
+    """The pattern of the mapping that each layer matched, by the layer's name; "" if one configuration serves all."""
+    left_alone: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Class and reason, by name, of what was left alone."""
+
+
+@dataclass
+class State:
+    """What a model remembers of its adapters. It holds no module, so that models can be copied and pickled."""
+
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    """Of every parameter of the unadapted model, by name."""
+    watching: bool = False
+    """Whether the next training step is still to show that it reaches every delta."""
+
+
+# What is there -----------------------------------------------------------------------------------------------------
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """The adapted layers by their (first) names in the unadapted model."""
+    found = distinct(place for place in places(model) if isinstance(place.module, AdaptedLayer))
+    return {target.name: cast(AdaptedLayer, target.module) for target in found}
+
+
+def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
+    """The modules that some adapter trains whole, by their (first) names in the unadapted model."""
+    found = distinct(place for place in places(model) if isinstance(place.module, SavedModule))
+    return {target.name: cast(SavedModule, target.module) for target in found}
+
+
+def state_of(model: nn.Module) -> State:
+    """The state of an adapted model, or one that describes the wrapped layers that a model was built from.
+
+    Raises:
+        TypeError: not a module.
+        RuntimeError: no adapter in it, or a part of it was adapted by itself.
+    """
+    state = _own_state(model)
+    if state is not None:
+        return state
+    layers = adapted_layers(model)
+    if not layers:
+        raise RuntimeError(f"{type(model).__name__} has no adapters; flora.adapt adds one")
+    state = State()
+    for adapter in dict.fromkeys(adapter for layer in layers.values() for adapter in layer.deltas):
+        configs = {
+            name: cast(Delta, layer.deltas[adapter]).config for name, layer in layers.items() if adapter in layer.deltas
+        }
+        first = next(iter(configs.values()))
+        if all(config == first for config in configs.values()):
+            state.adapters[adapter] = Adapter(replace(first, target_modules=tuple(configs)), dict.fromkeys(configs, ""))
+        else:
+            state.adapters[adapter] = Adapter(configs, {name: name for name in configs})
+    state.active = tuple(dict.fromkeys(adapter for layer in layers.values() for adapter in layer.active))
+    return state
+
+
+def check_adapter(state: State, name: str) -> None:
+    """Raises ValueError, listing what there is, if no adapter has the name."""
+    if name not in state.adapters:
+        raise ValueError(f"there is no adapter {name!r}; there are {', '.join(map(repr, state.adapters))}")
+
+
+def _own_state(model: nn.Module) -> State | None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    state: State | None = model.__dict__.get("_flora_state")
+    for name, module in model.named_modules():
+        if module is not model and "_flora_state" in module.__dict__:
+            raise RuntimeError(f"{name} was adapted by itself; call the verb on it, or unload it first")
+    return state
+
+
+def _check_unmerged(model: nn.Module) -> None:
+    merged = [name for name, layer in adapted_layers(model).items() if layer.merged]
+    if merged:
+        raise RuntimeError(f"{_listed(merged)} {'are' if len(merged) > 1 else 'is'} merged; unmerge first")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(name or "the layer" for name in names[:5]) + (", …" if len(names) > 5 else "")
+
+
+# Adapting ----------------------------------------------------------------------------------------------------------
+
+
+def adapt(model: _Model, config: Configs, name: str = "default") -> _Model:
+    """Put an adapter on a model, in place, and freeze everything else.
+
+    On a model that has adapters already, the new one is added; those that are active stay active and trainable, until
+    `set_adapter`. BatchNorm layers are held in evaluation mode from now on, except in ``modules_to_save``: their
+    running statistics belong to the frozen base. A module that is registered in two places is adapted in both.
+
+    Args:
+        model: any module with layers in it. For a single layer use `flora.wrap`.
+        config: one configuration, or a mapping of patterns to configurations: each layer takes the first whose pattern
+            (a regex that must match its whole name, a dotted suffix, or "all") it matches.
+        name: letters, digits, "-" and "_".
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError, ValueError: anything wrong with the names, patterns, ranks or layers, by name. The model is then as
+            it was.
+        RuntimeError: the model is merged.
+    """
+    install(model, name, config, select_for(model, config))
+    return model
+
+
+def add_adapter(model: _Model, config: Configs, name: str) -> _Model:
+    """`adapt` under another name, for a model that has adapters already."""
+    state_of(model)
+    return adapt(model, config, name)
+
+
+def select_for(model: nn.Module, config: Configs) -> Selection:
+    """`select`, after a check that the model is more than one layer."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, AdaptedLayer):
+        raise ValueError("the model is a single layer that is adapted already; use its add_delta")
+    if not isinstance(model, nn.MultiheadAttention) and next(model.children(), None) is None:
+        raise ValueError(f"the model is a single {type(model).__name__}; use flora.wrap(layer, config)")
+    return select(model, config)
+
+
+def install(
+    model: nn.Module,
+    name: str,
+    config: Configs,
+    selection: Selection,
+    *,
+    trainable: bool = True,
+    fill: Callable[[Mapping[str, Delta], Mapping[str, nn.Module]], None] | None = None,
+) -> None:
+    """Put an adapter on the modules of a selection.
+
+    Args:
+        config: what the model remembers of it; each layer of the selection has its own.
+        trainable: False freezes the adapter as well.
+        fill: is given the deltas and the copies of ``modules_to_save`` by name before the model is changed, to load
+            their values; may raise.
+    """
+    check_adapter_name(name)
+    state = _own_state(model) or (state_of(model) if adapted_layers(model) else State())
+    if name in state.adapters:
+        raise ValueError(f"there is already an adapter {name!r}; there are {', '.join(map(repr, state.adapters))}")
+    _check_unmerged(model)
+    first = not state.adapters
+    trainable = trainable and first
+    with ExitStack() as undo:
+        undo.callback(_set_flags, [(p, p.requires_grad) for p in model.parameters()])
+        flags = {} if not first else {key: p.requires_grad for key, p in base_parameters(model)}
+        layers = {target.name: target.module for target in selection.layers}
+        saved = {target.name: target.module for target in selection.saved}
+        deltas, copies = {}, {}
+        for target in selection.layers:
+            if not isinstance(target.module, AdaptedLayer):
+                layers[target.name] = AdaptedLayer(target.original, name=target.name)
+            layer = cast(AdaptedLayer, layers[target.name])
+            assert target.config is not None
+            deltas[target.name] = layer.add_delta(name, target.config, trainable=trainable)
+            if layer is target.module:
+                undo.callback(layer.delete_delta, name)
+        for target in selection.saved:
+            if not isinstance(target.module, SavedModule):
+                saved[target.name] = SavedModule(target.original, name=target.name)
+            module = cast(SavedModule, saved[target.name])
+            copies[target.name] = module.add_copy(name, trainable=trainable)
+            release(copies[target.name])
+            if module is target.module:
+                undo.callback(module.copies.__delitem__, name)
+        if fill is not None:
+            fill(deltas, copies)
+
+        for target in (*selection.layers, *selection.saved):
+            new = layers.get(target.name) or saved[target.name]
+            for place in target.places:
+                place.put(new)
+                undo.callback(place.put, place.module)
+        adapter = Adapter(
+            _without_functions(config, selection),
+            {target.name: target.pattern for target in selection.layers},
+            selection.left_alone,
+        )
+        if first:
+            state = State({name: adapter}, (name,), flags)
+            for _, parameter in base_parameters(model):
+                parameter.requires_grad_(False)
+        else:
+            state = replace(state, adapters={**state.adapters, name: adapter})
+        undo.pop_all()
+    _set_state(model, state)
+    _activate(model, state.active)
+    _hold_base(model)
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of the unadapted model, by all of their names."""
+    for place in places(model):
+        for key, parameter in place.original._parameters.items():
+            if parameter is not None:
+                yield (f"{place.name}.{key}" if place.name else key), parameter
+
+
+def _without_functions(config: Configs, selection: Selection) -> Configs:
+    """The configuration with the names that a function selected in the function's place."""
+
+    def named(own: DeltaConfig) -> DeltaConfig:
+        if callable(own.target_modules):
+            own = replace(own, target_modules=tuple(target.name for target in selection.layers))
+        return replace(own, exclude_modules=None) if callable(own.exclude_modules) else own
+
+    if isinstance(config, Mapping):
+        return {pattern: named(own) for pattern, own in config.items()}
+    return named(config)
+
+
+def _set_flags(flags: Sequence[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+
+
+def _set_state(model: nn.Module, state: State | None) -> None:
+    if state is not None:
+        model.__dict__["_flora_state"] = state
+    else:
+        model.__dict__.pop("_flora_state", None)
+
+
+# Hooks -------------------------------------------------------------------------------------------------------------
+
+
+def hold_eval(module: nn.Module, args: Any) -> None:
+    """A forward pre-hook: a frozen norm layer normalises with, and keeps, its running statistics, whatever its mode."""
+    if module.training:
+        module.training = False
+
+
+def warn_unreached(model: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook: after the first training step, warn about deltas that it did not reach."""
+    state: State | None = model.__dict__.get("_flora_state")
+    if state is None or not state.watching or torch.compiler.is_compiling():
+        return
+    if not model.training or not torch.is_grad_enabled():
+        return
+    state.watching = False
+    missed = [name for name, layer in adapted_layers(model).items() if not layer.reached and _learns(layer)]
+    if missed:
+        warnings.warn(
+            f"the forward did not reach the deltas of {_listed(missed)}: they will not learn; exclude_modules can "
+            "leave such layers out",
+            stacklevel=2,
+        )
+
+
+def _learns(layer: AdaptedLayer) -> bool:
+    return any(p.requires_grad for name in layer.active for p in layer.deltas[name].parameters())
+
+
+def _hold_base(model: nn.Module) -> None:
+    """Hold the running statistics of the base, and watch whether a training step reaches the deltas."""
+    for place in places(model):
+        module = place.original
+        if isinstance(module, _NormBase) and hold_eval not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(hold_eval)
+    if warn_unreached not in model._forward_hooks.values():
+        model.register_forward_hook(warn_unreached)
+
+
+def release(root: nn.Module) -> None:
+    """Take the hooks of `_hold_base` off every module under a root; what was held follows the root's mode again."""
+    for module in root.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook is hold_eval or hook is warn_unreached]:
+                if hooks.pop(key) is hold_eval:
+                    module.training = root.training
+
+
+# Choosing ----------------------------------------------------------------------------------------------------------
+
+
+def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
+    """Make one adapter, or several whose updates add, active and trainable, and all others neither.
+
+    Raises:
+        ValueError: no name, an unknown one, or two adapters that train the same module whole.
+        RuntimeError: no adapters in the model, or some are merged.
+    """
+    state = state_of(model)
+    names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name))
+    if not names:
+        raise ValueError("name=() must name an adapter; flora.disabled runs the model without")
+    for one in names:
+        check_adapter(state, one)
+    _check_unmerged(model)
+    for where, module in saved_modules(model).items():
+        owners = [one for one in names if one in module.copies]
+        if len(owners) > 1:
+            raise ValueError(
+                f"{where}: only one of {', '.join(map(repr, owners))}, which all train it whole, can be active"
+            )
+    state.active = names
+    _activate(model, names)
+    for layer in adapted_layers(model).values():
+        for one, delta in layer.adapters():
+            delta.set_trainable(one in names)
+    for module in saved_modules(model).values():
+        for one in module.copies:
+            module.set_trainable(one, one in names)
+
+
+def _activate(model: nn.Module, names: Sequence[str]) -> None:
+    for layer in adapted_layers(model).values():
+        layer.set_active([name for name in names if name in layer.deltas])
+        layer.reached = False
+    for module in saved_modules(model).values():
+        module.active = next((name for name in names if name in module.copies), None)
+    state = _own_state(model)
+    if state is not None:
+        state.watching = True
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Remove an adapter; modules that no other adapter uses are the original ones again.
+
+    If it was the only active one, none is active afterwards. Removing the last one leaves the unadapted model.
+
+    Raises:
+        ValueError: no such adapter.
+        RuntimeError: no adapters in the model, or some are merged.
+    """
+    state = state_of(model)
+    check_adapter(state, name)
+    _check_unmerged(model)
+    if len(state.adapters) == 1:
+        unload(model, merge=False)
+        return
+    del state.adapters[name]
+    state.active = tuple(one for one in state.active if one != name)
+    for layer in adapted_layers(model).values():
+        if name in layer.deltas:
+            layer.delete_delta(name)
+    for module in saved_modules(model).values():
+        if name in module.copies:
+            del module.copies[name]
+    for place in list(places(model)):
+        standing = place.module
+        if isinstance(standing, AdaptedLayer | SavedModule):
+            left = standing.deltas if isinstance(standing, AdaptedLayer) else standing.copies
+            if not left:
+                place.put(standing.base_layer)
+    _activate(model, state.active)
+
+
+# Merging -----------------------------------------------------------------------------------------------------------
+
+
+def merge(model: nn.Module) -> None:
+    """Put W + s·ΔW of the active adapters into the weights, until `unmerge`.
+
+    A weight that is tied to another module's is untied: the other keeps the original.
+
+    Raises:
+        RuntimeError: a layer that cannot be merged, by name; nothing to merge; no adapters. No layer is merged then.
+    """
+    state_of(model)
+    _merge(model)
+
+
+def _merge(model: nn.Module) -> None:
+    layers = adapted_layers(model)
+    waiting = {name: layer for name, layer in layers.items() if layer.active and not layer.merged}
+    if not waiting:
+        merged = any(layer.merged for layer in layers.values())
+        raise RuntimeError("the active adapters are merged already" if merged else "no adapter is active")
+    _check_mergeable(waiting)
+    with ExitStack() as undo:
+        for layer in waiting.values():
+            layer.merge()
+            undo.callback(layer.unmerge)
+        undo.pop_all()
+
+
+def _check_mergeable(layers: Mapping[str, AdaptedLayer]) -> None:
+    reasons = {name: layer.check_mergeable() for name, layer in layers.items()}
+    refused = [f"{name or 'the layer'}: {reason}" for name, reason in reasons.items() if reason is not None]
+    if refused:
+        raise RuntimeError(f"cannot merge {'; '.join(refused[:5])}" + ("; …" if len(refused) > 5 else ""))
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put the original weights back, bit for bit.
+
+    Raises:
+        RuntimeError: nothing is merged, or no adapters.
+    """
+    state_of(model)
+    merged = [layer for layer in adapted_layers(model).values() if layer.merged]
+    if not merged:
+        raise RuntimeError("no adapter is merged")
+    for layer in merged:
+        layer.unmerge()
+
+
+def unload(model: nn.Module, merge: bool = True) -> nn.Module:
+    """Take all adapters off the model, in place.
+
+    Args:
+        merge: True leaves W + s·ΔW of the active adapters in the weights, and their trained copies of
+            ``modules_to_save``; False restores the original modules.
+
+    Returns:
+        The plain model: the same object, unless it is itself an adapted layer.
+
+    Raises:
+        RuntimeError: a layer that cannot be merged, by name; no adapters. The model is then as it was.
+    """
+    state = state_of(model)
+    if merge and any(layer.active and not layer.merged for layer in adapted_layers(model).values()):
+        _merge(model)
+    result = model
+    plain: dict[int, nn.Module] = {}
+    for place in reversed(list(places(model))):  # children first
+        standing = place.module
+        if isinstance(standing, AdaptedLayer | SavedModule) and id(standing) not in plain:
+            if isinstance(standing, AdaptedLayer):
+                plain[id(standing)] = standing.unload(merge)
+            else:
+                standing.enabled = True
+                plain[id(standing)] = standing.current if merge else standing.base_layer
+        if id(standing) in plain:
+            if place.parent is None:
+                result = plain[id(standing)]
+            else:
+                place.put(plain[id(standing)])
+    release(result)
+    _set_state(model, None)
+    for key, parameter in base_parameters(result):
+        if key in state.requires_grad:
+            parameter.requires_grad_(state.requires_grad[key])
+    return result
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within the ``with`` block the model is exactly the frozen base, also while merged.
+
+    Raises:
+        RuntimeError: no adapters.
+    """
+    state_of(model)
+    modules: list[AdaptedLayer | SavedModule] = [*adapted_layers(model).values(), *saved_modules(model).values()]
+    before = [module.enabled for module in modules]
+    try:
+        for module in modules:
+            module.enabled = False
+        yield
+    finally:
+        for module, enabled in zip(modules, before, strict=True):
+            module.enabled = enabled
