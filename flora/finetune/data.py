@@ -54,7 +54,7 @@ def require(module: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"the fine-tuning demo needs {module!r}: pip install 'flora-adapters[demo]'", name=error.name
+            f"the fine-tuning demo needs {module!r}: pip install 'flora-adapters[cli]'", name=error.name
         ) from error
 
 
