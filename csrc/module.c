@@ -7,6 +7,7 @@
 #include "parallel.h"
 #include "view.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 typedef struct {
@@ -260,8 +261,7 @@ static PyObject *tucker_linear_forward(PyObject *module, PyObject *const *args, 
     if (begin(&c, module, "tucker_linear_forward", nargs, 7) < 0) {
         return NULL;
     }
-    if (borrow_all(&c, args, specs, 6, v) == 0 && parse_scale(&c, args[6], &scale) == 0 &&
-        flora_check_overlap(c.loans, c.count, NULL, NULL) == 0) {
+    if (borrow_all(&c, args, specs, 6, v) == 0 && parse_scale(&c, args[6], &scale) == 0) {
         RUN(c, result, flora_tucker_linear_forward, v[0], v[1], v[2], v[3], v[4], v[5], scale);
     }
     end(&c);
@@ -298,8 +298,7 @@ static PyObject *tucker_linear_backward(PyObject *module, PyObject *const *args,
     if (begin(&c, module, "tucker_linear_backward", nargs, 11) < 0) {
         return NULL;
     }
-    if (borrow_all(&c, args, specs, 10, v) == 0 && parse_scale(&c, args[10], &scale) == 0 &&
-        flora_check_overlap(c.loans, c.count, NULL, NULL) == 0) {
+    if (borrow_all(&c, args, specs, 10, v) == 0 && parse_scale(&c, args[10], &scale) == 0) {
         RUN(c, result, flora_tucker_linear_backward, v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], scale);
     }
     end(&c);
@@ -333,7 +332,7 @@ static PyObject *tucker_conv_forward(PyObject *module, PyObject *const *args, Py
         return NULL;
     }
     if (borrow_all(&c, args, specs, 6, v) == 0 && parse_scale(&c, args[6], &scale) == 0 &&
-        parse_geometry(&c, args + 7, &geometry) == 0 && flora_check_overlap(c.loans, c.count, NULL, NULL) == 0) {
+        parse_geometry(&c, args + 7, &geometry) == 0) {
         RUN(c, result, flora_tucker_conv_forward, v[0], v[1], v[2], v[3], v[4], v[5], scale, &geometry);
     }
     end(&c);
@@ -370,7 +369,7 @@ static PyObject *tucker_conv_backward(PyObject *module, PyObject *const *args, P
         return NULL;
     }
     if (borrow_all(&c, args, specs, 10, v) == 0 && parse_scale(&c, args[10], &scale) == 0 &&
-        parse_geometry(&c, args + 11, &geometry) == 0 && flora_check_overlap(c.loans, c.count, NULL, NULL) == 0) {
+        parse_geometry(&c, args + 11, &geometry) == 0) {
         RUN(c, result, flora_tucker_conv_backward, v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], scale,
             &geometry);
     }
@@ -398,7 +397,7 @@ static PyObject *tucker_reconstruct(PyObject *module, PyObject *const *args, Py_
         return NULL;
     }
     if (borrow_all(&c, args, specs, 3, v) == 0 && (order = borrow_sequence(&c, args[3], "factors", IN, factors)) >= 0 &&
-        parse_scale(&c, args[4], &scale) == 0 && flora_check_overlap(c.loans, c.count, "out", "weight") == 0) {
+        parse_scale(&c, args[4], &scale) == 0) {
         RUN(c, result, flora_tucker_reconstruct, v[0], v[1], v[2], factors, order, scale);
     }
     end(&c);
@@ -429,8 +428,7 @@ static PyObject *tucker_reconstruct_backward(PyObject *module, PyObject *const *
     if (borrow_one(&c, args[0], "d_core", -1, OUT | OPTIONAL, &d_core) == 0 &&
         (outputs = borrow_sequence(&c, args[1], "d_factors", OUT, d_factors)) >= 0 &&
         borrow_all(&c, args + 2, specs, 2, v) == 0 &&
-        (order = borrow_sequence(&c, args[4], "factors", IN, factors)) >= 0 && parse_scale(&c, args[5], &scale) == 0 &&
-        flora_check_overlap(c.loans, c.count, NULL, NULL) == 0) {
+        (order = borrow_sequence(&c, args[4], "factors", IN, factors)) >= 0 && parse_scale(&c, args[5], &scale) == 0) {
         if (outputs != order) {
             PyErr_Format(PyExc_ValueError, "%s: d_factors has %d entries, factors %d", c.function, outputs, order);
         } else {
@@ -448,6 +446,9 @@ static PyObject *tucker_reconstruct_backward(PyObject *module, PyObject *const *
 static PyObject *isa_names(void) {
     const char *names[MAX_ISA_NAMES];
     int count = flora_isa_available(names, MAX_ISA_NAMES);
+    if (count > MAX_ISA_NAMES) {
+        count = MAX_ISA_NAMES;
+    }
     PyObject *list = PyList_New(0);
     for (int i = 0; list != NULL && i < count; i++) {
         PyObject *name = PyUnicode_FromString(names[i]);
@@ -521,7 +522,11 @@ static PyMethodDef methods[] = {FAST(tucker_linear_forward),
 /* The module ------------------------------------------------------------------------------------------------------- */
 
 static int module_exec(PyObject *module) {
-    flora_isa_init();
+    if (flora_isa_init() < 0 && PyErr_WarnFormat(PyExc_RuntimeWarning, 1,
+                                                 "the environment variable FLORA_ISA is %s, which names no instruction "
+                                                 "set; it is ignored",
+                                                 getenv("FLORA_ISA")) < 0)
+        return -1;
     return flora_boundary_init(&((module_state *)PyModule_GetState(module))->boundary);
 }
 

@@ -6,8 +6,9 @@
  * None of these ways checks much, so everything that a kernel must be able to trust is checked here: plain tensors and
  * arrays only (a subclass may mean anything: FakeTensor, DTensor, a masked array), memory of this process that is
  * still there, float32, float64, bfloat16 or float16, whole elements at aligned addresses, at most FLORA_MAX_NDIM
- * dimensions, byte extents that fit. Outputs moreover must be writable, must not be a producer's copy, must not
- * require grad while grad mode is on (autograd would not see the write), and must not overlap anything.
+ * dimensions, byte extents that fit. Outputs moreover must be writable, must not be a producer's copy, and must not
+ * require grad while grad mode is on (autograd would not see the write). What shares memory with what is the
+ * kernels' to check.
  * Lazily negated torch tensors are resolved by a copy as inputs and refused as outputs.
  */
 #include "view.h"
@@ -124,7 +125,7 @@ static int refuse_dtype(const flora_borrower *who, DLDataType dtype) {
     return refuse(PyExc_TypeError, who, "has dtype %s%d, %s", family, (int)dtype.bits, wanted);
 }
 
-/* The view and its extents ----------------------------------------------------------------------------------------- */
+/* The view ----------------------------------------------------------------------------------------- */
 
 static const int64_t item_sizes[] = {[FLORA_F32] = 4, [FLORA_F64] = 8, [FLORA_BF16] = 2, [FLORA_F16] = 2};
 
@@ -166,7 +167,6 @@ static int fill_view(flora_loan *loan, void *data, uint64_t byte_offset, flora_d
         }
     }
     view->data = data;
-    loan->low = loan->high = 0;
     if (empty) {
         return 0;
     }
@@ -184,9 +184,8 @@ static int fill_view(flora_loan *loan, void *data, uint64_t byte_offset, flora_d
                       (long long)count);
     }
     uintptr_t address = (uintptr_t)data + (uintptr_t)byte_offset;
-    loan->low = address - (uintptr_t)-low * (uintptr_t)size;
-    loan->high = address + (uintptr_t)(high + 1) * (uintptr_t)size;
-    if (address < (uintptr_t)data || loan->low > address || loan->high < address) {
+    uintptr_t first = address - (uintptr_t)-low * (uintptr_t)size, last = address + (uintptr_t)high * (uintptr_t)size;
+    if (address < (uintptr_t)data || first > address || last < address) {
         return refuse(PyExc_ValueError, who, "has extents whose size in bytes overflows");
     }
     if (address % (uintptr_t)size != 0) {
@@ -556,64 +555,6 @@ int flora_borrow(flora_boundary *boundary, PyObject *object, flora_borrower who,
 void flora_return_loan(flora_loan *loan) {
     delete_managed(loan);
     Py_CLEAR(loan->object);
-}
-
-/* Whether two elements may share an address: no, if every stride steps over all that the smaller strides reach. */
-static int overlaps_itself(const flora_view *view) {
-    int64_t strides[FLORA_MAX_NDIM], reach = 0;
-    int64_t extents[FLORA_MAX_NDIM];
-    int count = 0;
-    for (int i = 0; i < view->ndim; i++) {
-        if (view->shape[i] > 1) {
-            int64_t stride = view->strides[i] < 0 ? -view->strides[i] : view->strides[i];
-            int at = count++;
-            for (; at > 0 && strides[at - 1] > stride; at--) {
-                strides[at] = strides[at - 1];
-                extents[at] = extents[at - 1];
-            }
-            strides[at] = stride;
-            extents[at] = view->shape[i];
-        }
-    }
-    for (int i = 0; i < count; i++) {
-        if (strides[i] <= reach) {
-            return 1;
-        }
-        reach += (extents[i] - 1) * strides[i];
-    }
-    return 0;
-}
-
-static int same_view(const flora_view *a, const flora_view *b) {
-    return a->data == b->data && a->dtype == b->dtype && a->ndim == b->ndim &&
-           memcmp(a->shape, b->shape, (size_t)a->ndim * sizeof *a->shape) == 0 &&
-           memcmp(a->strides, b->strides, (size_t)a->ndim * sizeof *a->strides) == 0;
-}
-
-int flora_check_overlap(const flora_loan *loans, int count, const char *same_a, const char *same_b) {
-    for (int i = 0; i < count; i++) {
-        const flora_loan *out = &loans[i];
-        if (!out->who.output || out->low == out->high) {
-            continue;
-        }
-        if (overlaps_itself(&out->view)) {
-            return refuse(PyExc_ValueError, &out->who, "may overlap itself and cannot be written");
-        }
-        for (int j = 0; j < count; j++) {
-            const flora_loan *other = &loans[j];
-            if (j == i || out->low >= other->high || other->low >= out->high) {
-                continue;
-            }
-            if (same_a != NULL && strcmp(out->who.name, same_a) == 0 && strcmp(other->who.name, same_b) == 0 &&
-                same_view(&out->view, &other->view)) {
-                continue;
-            }
-            char text[64];
-            label(&other->who, text);
-            return refuse(PyExc_ValueError, &out->who, "shares memory with %s and cannot be written", text);
-        }
-    }
-    return 0;
 }
 
 int flora_mark_written(flora_boundary *boundary, const flora_loan *loans, int count) {

@@ -37,10 +37,9 @@ typedef struct {
 typedef struct {
     flora_view view;
     flora_borrower who;
-    PyObject *object;    /* strong: the array whose memory this is */
-    void *managed;       /* an owned DLPack tensor whose deleter is still to be called, or NULL */
-    int versioned;       /* which of the two structs `managed` is */
-    uintptr_t low, high; /* the bytes [low, high) that it may touch; equal when it has no elements */
+    PyObject *object; /* strong: the array whose memory this is */
+    void *managed;    /* an owned DLPack tensor whose deleter is still to be called, or NULL */
+    int versioned;    /* which of the two structs `managed` is */
 } flora_loan;
 
 int flora_boundary_init(flora_boundary *boundary);
@@ -53,10 +52,6 @@ int flora_boundary_uses_exchange_api(flora_boundary *boundary);
 /* 0 with a filled loan, or -1 with a Python error. */
 int flora_borrow(flora_boundary *boundary, PyObject *object, flora_borrower who, flora_loan *loan);
 void flora_return_loan(flora_loan *loan);
-
-/* -1 with ValueError if an output may overlap itself or another loan. Two loans of the very same view are let pass
- * when their names are `same_a` and `same_b` (NULL: never). */
-int flora_check_overlap(const flora_loan *loans, int count, const char *same_a, const char *same_b);
 
 /* Tells autograd that the torch tensors among the outputs have changed. */
 int flora_mark_written(flora_boundary *boundary, const flora_loan *loans, int count);
