@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from flora.config import DeltaConfig
 from flora.deltas import Delta
+from flora.kinds import is_adaptable
 from flora.layers import AdaptedLayer, check_adapter_name
 from flora.saved import SavedModule
 from flora.targets import Configs, Selection, distinct, places, select
@@ -139,7 +140,8 @@ def adapt(model: _Model, config: Configs, name: str = "default") -> _Model:
             it was.
         RuntimeError: the model is merged.
     """
-    install(model, name, config, select_for(model, config))
+    check_model(model)
+    install(model, name, config, select(model, config))
     return model
 
 
@@ -149,15 +151,14 @@ def add_adapter(model: _Model, config: Configs, name: str) -> _Model:
     return adapt(model, config, name)
 
 
-def select_for(model: nn.Module, config: Configs) -> Selection:
-    """`select`, after a check that the model is more than one layer."""
+def check_model(model: nn.Module) -> None:
+    """Raises TypeError for no module, ValueError for a single layer, which has no place in which to be replaced."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, AdaptedLayer):
         raise ValueError("the model is a single layer that is adapted already; use its add_delta")
-    if not isinstance(model, nn.MultiheadAttention) and next(model.children(), None) is None:
+    if is_adaptable(model) or next(model.children(), None) is None:
         raise ValueError(f"the model is a single {type(model).__name__}; use flora.wrap(layer, config)")
-    return select(model, config)
 
 
 def install(

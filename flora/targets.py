@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -137,8 +137,8 @@ def select(model: nn.Module, config: Configs) -> Selection:
             that was named but cannot be adapted.
     """
     configs = by_pattern(config)
-    candidates = distinct(p for p in places(model) if p.name and "parametrizations" not in p.name.split("."))
-    closed = {p.name for target in candidates for p in target.places if isinstance(p.module, SavedModule)}
+    candidates = _candidates(model)
+    closed = _closed(candidates)
     saved = _saved([name for own in configs.values() for name in own.modules_to_save or ()], candidates, closed)
     saved_names = {place.name for target in saved for place in target.places}
     layers: dict[str, Target] = {}
@@ -149,7 +149,7 @@ def select(model: nn.Module, config: Configs) -> Selection:
         excluded = _excluded(own, candidates)
         chosen: list[str] = []
         for target in found:
-            if target.name in layers or target.any(lambda name: _inside(name, saved_names)):
+            if target.name in layers or target.any(lambda name: inside(name, saved_names)):
                 continue
             reason = "it is excluded" if target.name in excluded else _refusal(target, closed)
             if reason is None:
@@ -163,12 +163,48 @@ def select(model: nn.Module, config: Configs) -> Selection:
             reasons = sorted({reason for _, reason in left_alone.values()})
             raise ValueError(f"{what} leaves nothing to adapt" + (f": {'; '.join(reasons)}" if reasons else ""))
         _check_patterns(own, chosen)
-    for target in candidates:
-        known = target.name in layers or target.any(lambda name: _inside(name, saved_names))
-        if not known and _has_weight(target.original):
-            reason = _refusal(target, closed) or "it was not named"
-            left_alone.setdefault(target.name, (describe(target.original), reason))
+    _sweep(left_alone, candidates, layers, saved_names, closed)
     return Selection(list(layers.values()), saved, left_alone)
+
+
+def select_named(model: nn.Module, layers: Mapping[str, tuple[DeltaConfig, str]], saved: Sequence[str]) -> Selection:
+    """The selection of exactly these modules, as a file names them.
+
+    Args:
+        layers: configuration, patterns applied, and pattern of each layer by its name.
+        saved: names of the modules that are trained whole.
+
+    Raises:
+        ValueError: a module that is not there, that cannot be adapted, or that another adapter trains whole.
+    """
+    candidates = _candidates(model)
+    closed = _closed(candidates)
+    by_name = {place.name: target for target in candidates for place in target.places}
+    for name in (*layers, *saved):
+        if name not in by_name:
+            raise ValueError(f"the model has no module {name!r}{near_misses(name, by_name)}")
+        reason = _unsavable(by_name[name], closed) if name in saved else _refusal(by_name[name], closed)
+        if reason is not None:
+            raise ValueError(f"{name}: it is in the file, but {reason}")
+    whole = [replace(by_name[name], name=name) for name in saved]
+    saved_names = {place.name for target in whole for place in target.places}
+    chosen = []
+    for name, (config, pattern) in layers.items():
+        if inside(name, saved_names):
+            raise ValueError(f"{name}: the file adapts it and trains it whole, too")
+        chosen.append(replace(by_name[name], name=name, config=config, pattern=pattern))
+    left_alone: dict[str, tuple[str, str]] = {}
+    _sweep(left_alone, candidates, {by_name[name].name for name in layers}, saved_names, closed)
+    return Selection(chosen, whole, left_alone)
+
+
+def inside(name: str, heads: Collection[str]) -> bool:
+    """Whether a module is one of the heads or inside one, by their names."""
+    while name not in heads:
+        name = name.rpartition(".")[0]
+        if not name:
+            return False
+    return True
 
 
 def near_misses(pattern: str, names: Iterable[str]) -> str:
@@ -182,6 +218,31 @@ def near_misses(pattern: str, names: Iterable[str]) -> str:
         return f"; near misses: {', '.join(map(repr, near))}"
     last = list(dict.fromkeys(name.rpartition(".")[2] for name in pool))
     return f"; there are {', '.join(map(repr, last[:8]))}{', …' if len(last) > 8 else ''}" if last else ""
+
+
+def _candidates(model: nn.Module) -> list[Target]:
+    """Every module but the root, and but those that compute a parametrised weight."""
+    return distinct(p for p in places(model) if p.name and "parametrizations" not in p.name.split("."))
+
+
+def _closed(candidates: Iterable[Target]) -> set[str]:
+    """The names of the modules that some adapter trains whole."""
+    return {p.name for target in candidates for p in target.places if isinstance(p.module, SavedModule)}
+
+
+def _sweep(
+    left_alone: dict[str, tuple[str, str]],
+    candidates: Iterable[Target],
+    chosen: Collection[str],
+    saved: Collection[str],
+    closed: Collection[str],
+) -> None:
+    """Add to ``left_alone`` every module with a weight of its own that is neither chosen nor saved."""
+    for target in candidates:
+        known = target.name in chosen or target.any(lambda name: inside(name, saved))
+        if not known and _has_weight(target.original):
+            reason = _refusal(target, closed) or "it was not named"
+            left_alone.setdefault(target.name, (describe(target.original), reason))
 
 
 def _shown(what: str, targets: Targets) -> tuple[str, Targets]:
@@ -231,7 +292,7 @@ def _excluded(config: DeltaConfig, candidates: list[Target]) -> set[str]:
         return set()
     what, targets = _shown("exclude_modules", config.exclude_modules)
     heads = {place.name for target in _matches(what, targets, candidates) for place in target.places}
-    return {target.name for target in candidates if target.any(lambda name: _inside(name, heads))}
+    return {target.name for target in candidates if target.any(lambda name: inside(name, heads))}
 
 
 def _saved(wanted: list[str], candidates: list[Target], closed: Collection[str]) -> list[Target]:
@@ -244,7 +305,7 @@ def _saved(wanted: list[str], candidates: list[Target], closed: Collection[str])
         if reason is not None:
             raise ValueError(f"{name}: modules_to_save names it, but {reason}")
     heads = set(found)
-    return [target for name, target in found.items() if not _inside(name.rpartition(".")[0], heads)]
+    return [target for name, target in found.items() if not inside(name.rpartition(".")[0], heads)]
 
 
 def _unsavable(target: Target, closed: Collection[str]) -> str | None:
@@ -253,7 +314,7 @@ def _unsavable(target: Target, closed: Collection[str]) -> str | None:
         return f"a {describe(module)} is never called; name the modules in it"
     if not any(True for _ in module.parameters()):
         return f"this {describe(module)} has no parameters"
-    held = isinstance(target.module, AdaptedLayer) or target.any(lambda name: _inside(name.rpartition(".")[0], closed))
+    held = isinstance(target.module, AdaptedLayer) or target.any(lambda name: inside(name.rpartition(".")[0], closed))
     if held or any(isinstance(inner, AdaptedLayer | SavedModule) for inner in module.modules()):
         return "another adapter already holds it or a part of it"
     return None
@@ -268,7 +329,7 @@ def _check_patterns(config: DeltaConfig, chosen: list[str]) -> None:
 
 
 def _refusal(target: Target, closed: Collection[str]) -> str | None:
-    if target.any(lambda name: _inside(name, closed)):
+    if target.any(lambda name: inside(name, closed)):
         return "another adapter trains it whole"
     return refusal(target.original)
 
@@ -283,12 +344,3 @@ def _named(targets: Targets, target: Target) -> bool:
 def _has_weight(module: nn.Module) -> bool:
     own = any(parameter is not None for parameter in module._parameters.values())
     return own or parametrize.is_parametrized(module)
-
-
-def _inside(name: str, heads: Collection[str]) -> bool:
-    """Whether a module is one of the heads or inside one."""
-    while name not in heads:
-        name = name.rpartition(".")[0]
-        if not name:
-            return False
-    return True
