@@ -164,7 +164,7 @@ def _contents(model: nn.Module, name: str, adapter: Adapter, hashes: bool) -> di
 
 def _short_lists(text: str) -> str:
     """Indented JSON with every list of plain values on one line; no string in it can hold a line break."""
-    return re.sub(r"\[\n *([^\[\]{}]*)\n *\]", lambda match: f"[{re.sub(' *\n *', ' ', match[1])}]", text)
+    return re.sub(r"\[\n *([^\[\]{}]*)\n *\]", lambda match: "[" + re.sub(r"\n *", " ", match[1]) + "]", text)
 
 
 def _check_replaceable(folder: Path) -> None:
