@@ -21,6 +21,7 @@ docs/methods.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -338,15 +339,32 @@ def _dtypes_fit(x: Tensor, weight: Tensor | None, tucker: Tucker) -> bool:
     )
 
 
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast asks for on this device now, if it is on."""
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def _autocast(x: Tensor, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
     """What autocast would do to a stock call's arguments; the factors keep their dtype."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = _autocast_dtype(x.device.type)
+    if dtype is None:
         return (x, *rest)
-    dtype = torch.get_autocast_dtype(device)
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, *rest)
     )
+
+
+def _exact(device: str) -> AbstractContextManager[Any]:
+    """A context in which the twins compute in the factors' dtype, which autocast would narrow."""
+    return nullcontext() if _autocast_dtype(device) is None else torch.autocast(device, enabled=False)
+
+
+def _twin(op: Op, x: Tensor, tucker: Tucker) -> Tensor:
+    """s·ΔW·x in plain PyTorch, in the factors' dtype."""
+    with _exact(x.device.type):
+        return op.twin(x, tucker)
 
 
 def _add_to(y: Tensor, update: Tensor) -> Tensor:
@@ -574,8 +592,7 @@ def adapted(
     direct = _runs_in_c(x, weight, bias, tucker.core, *tucker.factors) and _dtypes_fit(x, weight, tucker)
     plan = resolve_plan(op, x, weight, tucker, plan, dropout, grad) if direct else "fused"
     if not direct:
-        with torch.autocast(x.device.type, enabled=False):
-            return _add_to(op.base(x, weight, bias), op.twin(F.dropout(x, dropout) if dropout > 0 else x, tucker))
+        return _add_to(op.base(x, weight, bias), _twin(op, F.dropout(x, dropout) if dropout > 0 else x, tucker))
     if plan == "separate":
         delta = effective_weight(None, tucker)
         source = F.dropout(x, dropout) if dropout > 0 else x
@@ -597,8 +614,7 @@ def update(op: Op, x: Tensor, tucker: Tucker, *, dropout: float = 0.0) -> Tensor
         x = F.dropout(x, dropout)
     (x,) = _autocast(x)  # type: ignore[assignment]
     if not (_runs_in_c(x, tucker.core, *tucker.factors) and _dtypes_fit(x, None, tucker)):
-        with torch.autocast(x.device.type, enabled=False):
-            return op.twin(x, tucker).to(x.dtype)
+        return _twin(op, x, tucker).to(x.dtype)
     if torch.is_grad_enabled():
         out: Tensor = _Update.apply(op, tucker.scale, x, tucker.core, *tucker.factors)
         return out
@@ -611,7 +627,8 @@ def effective_weight(weight: Tensor | None, tucker: Tucker) -> Tensor:
     if fits and _runs_in_c(weight, tucker.core, *tucker.factors):
         out: Tensor = _Reconstruct.apply(tucker.scale, weight, tucker.core, *tucker.factors)
         return out
-    delta = reference.reconstruct(tucker.core, tucker.factors, tucker.scale)
+    with _exact(tucker.core.device.type):
+        delta = reference.reconstruct(tucker.core, tucker.factors, tucker.scale)
     return delta if weight is None else _add_to(weight, delta)
 
 

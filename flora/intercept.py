@@ -52,7 +52,7 @@ class Intercept(TorchFunctionMode):
     embedding
         called with (ids, W, everything else of the call) likewise.
     effective
-        returns W + s·ΔW, or whatever is to stand for the weight in any other use.
+        returns W + s·ΔW, or whatever is to stand for the weight in any other use; None: other uses stay as they are.
 
     After the forward, ``served`` counts the stock calls and ``replaced`` the other uses.
     """
@@ -63,7 +63,7 @@ class Intercept(TorchFunctionMode):
         turned: Callable[[Tensor], Tensor],
         stock: StockCall,
         embedding: Callable[..., Tensor],
-        effective: Callable[[Tensor], Tensor],
+        effective: Callable[[Tensor], Tensor] | None,
     ) -> None:
         super().__init__()
         self.is_weight, self.turned = is_weight, turned
@@ -115,7 +115,7 @@ class Intercept(TorchFunctionMode):
 
     def _substituted(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            if not self.is_weight(value):
+            if self.effective is None or not self.is_weight(value):
                 return value
             self.replaced += 1
             if self._value is None:

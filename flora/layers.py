@@ -206,7 +206,10 @@ class AdaptedLayer(nn.Module):
         def effective(weight: Tensor) -> Tensor:
             return weight if dropped else self._effective(weight, deltas)
 
-        watch = Intercept(self._weight_test(), self._kind.turned, stock, embedding, effective)
+        # A computed weight is known by its shape alone, in the one stock call that kind_of has made sure of.
+        computed = parametrize.is_parametrized(base, self._kind.weight_name)
+        test = self._has_weight_shape if computed else self._is_weight
+        watch = Intercept(test, self._kind.turned, stock, embedding, None if computed else effective)
         with watch:
             y = base(*args, **kwargs)
         if not watch.served and not watch.replaced:
@@ -232,18 +235,13 @@ class AdaptedLayer(nn.Module):
             total = y if total is None else total + y
         return total
 
-    def _weight_test(self) -> Callable[[Tensor], bool]:
-        """Recognises the layer's weight among the tensors of its forward.
-
-        By identity with the attribute of the moment (a hook may set it anew in each forward); a parametrised weight is
-        computed at every access, and is known by its shape in the one stock call that such a layer makes.
-        """
+    def _is_weight(self, tensor: Tensor) -> bool:
+        """Whether this is the weight of the moment: the parameter, or what a hook has set in its place."""
         base, name = self.base_layer, self._kind.weight_name
-        if parametrize.is_parametrized(base, name):
-            shape = self.shape
-            return lambda t: t.shape == shape
-        parameters, own = base._parameters, base.__dict__
-        return lambda t: t is parameters.get(name) or t is own.get(name)
+        return tensor is base._parameters.get(name) or tensor is base.__dict__.get(name)
+
+    def _has_weight_shape(self, tensor: Tensor) -> bool:
+        return tensor.shape == self.shape
 
     # The effective weight ----------------------------------------------------------------------------------------------
 
@@ -259,11 +257,17 @@ class AdaptedLayer(nn.Module):
         """W + Σ s·ΔW in W's orientation and dtype, summed above half precision and rounded once."""
         turned = self._kind.turned(weight)
         if len(deltas) == 1:
-            return self._kind.turned(deltas[0].effective_weight(turned))
-        total = turned.to(deltas[0].effective_weight(None).dtype)
-        for delta in deltas:
-            total = delta.effective_weight(total)
-        return self._kind.turned(total.to(weight.dtype))
+            total = deltas[0].effective_weight(turned)
+        else:
+            total = turned.to(compute_dtype(weight.dtype))
+            for delta in deltas:
+                total = delta.effective_weight(total)
+            total = total.to(weight.dtype)
+        padding_idx = self.base_layer.padding_idx if self._kind is EMBEDDING else None
+        if padding_idx is not None:  # the padding row is no part of the delta
+            row = torch.tensor([padding_idx], device=weight.device) % len(weight)  # type: ignore[operator]
+            total = total.index_copy(0, row, weight[row])
+        return self._kind.turned(total)
 
     def __getattr__(self, name: str) -> Any:
         try:

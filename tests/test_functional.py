@@ -1,0 +1,359 @@
+"""flora.functional: gradients of the real C path, agreement with the twin, dispatch, precision, memory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import flora
+from flora import functional
+from flora.functional import LINEAR, ConvOp, Tucker
+
+PLANS = ("fused", "hybrid", "merged")
+
+
+def random_tucker(shape, ranks, dtype=torch.float64, scale=0.7, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def rand(*size):
+        return torch.randn(size, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+
+    return Tucker(rand(*ranks), tuple(rand(d, r) for d, r in zip(shape, ranks, strict=True)), scale)
+
+
+def compute(op, plan, scale):
+    """The layer as a function of tensors alone, for gradcheck."""
+    return lambda x, w, b, core, *factors: functional.adapted(op, x, w, b, Tucker(core, factors, scale), plan=plan)
+
+
+GRADCHECK = {
+    "linear": (LINEAR, (3, 2, 5), (6, 5), (3, 2)),
+    "linear, full rank": (LINEAR, (4, 3), (5, 3), (5, 3)),
+    "conv1d, circular": (ConvOp((2,), (1, 2), (1,), 1, "circular"), (2, 3, 7), (4, 3, 3), (2, 2, 2)),
+    "conv2d": (ConvOp((1, 2), (1, 1, 0, 2), (1, 1), 1), (2, 3, 4, 5), (4, 3, 2, 3), (2, 3, 1, 2)),
+    "conv2d, reflect": (ConvOp((1, 1), (1, 1, 2, 2), (2, 1), 1, "reflect"), (1, 2, 5, 4), (3, 2, 2, 3), (2, 1, 2, 2)),
+    "conv2d, replicate": (ConvOp((1, 1), (1, 1, 1, 1), (1, 1), 1, "replicate"), (1, 2, 3, 4), (3, 2, 3, 3), (2, 2, 2, 2)),
+    "conv2d, groups": (ConvOp((1, 1), (0, 0, 0, 0), (1, 1), 2), (2, 4, 3, 4), (6, 2, 2, 2), (3, 2, 2, 1)),
+    "conv2d, depthwise": (ConvOp((1, 1), (1, 1, 1, 1), (1, 1), 3), (2, 3, 4, 4), (6, 1, 3, 3), (2, 1, 2, 2)),
+    "conv3d": (ConvOp((1, 1, 2), (0, 1, 1, 0, 0, 0), (1, 2, 1), 1), (1, 2, 3, 4, 3), (3, 2, 2, 2, 2), (2, 2, 1, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("case", GRADCHECK)
+def test_gradcheck_on_the_c_path(case, plan, isa):
+    op, x_shape, w_shape, ranks = GRADCHECK[case]
+    x = torch.randn(x_shape, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(w_shape, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(w_shape[0], dtype=torch.float64, requires_grad=True)
+    tucker = random_tucker(w_shape, ranks)
+    assert gradcheck(compute(op, plan, tucker.scale), (x, w, b, tucker.core, *tucker.factors))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("case", ["linear", "conv1d, circular", "conv2d, groups"])
+def test_double_backward(case, plan):
+    op, x_shape, w_shape, ranks = GRADCHECK[case]
+    x = torch.randn(x_shape, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(w_shape, dtype=torch.float64, requires_grad=True)
+    tucker = random_tucker(w_shape, ranks)
+    run = compute(op, plan, tucker.scale)
+    assert gradgradcheck(lambda x, w, *p: run(x, w, None, *p), (x, w, tucker.core, *tucker.factors))
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 5), (4, 3, 2), (4, 3, 2, 3), (3, 2, 2, 2, 3)])
+def test_gradcheck_of_the_effective_weight(shape, isa):
+    tucker = random_tucker(shape, tuple(min(2, n) for n in shape))
+    weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    def run(w, core, *factors):
+        return functional.effective_weight(w, Tucker(core, factors, 0.5))
+
+    assert gradcheck(run, (weight, tucker.core, *tucker.factors))
+    assert gradgradcheck(run, (weight, tucker.core, *tucker.factors))
+
+
+@pytest.mark.parametrize("case", ["linear", "conv2d", "conv2d, groups"])
+def test_gradcheck_of_the_update_alone(case):
+    op, x_shape, w_shape, ranks = GRADCHECK[case]
+    x = torch.randn(x_shape, dtype=torch.float64, requires_grad=True)
+    tucker = random_tucker(w_shape, ranks)
+
+    def run(x, core, *factors):
+        return functional.update(op, x, Tucker(core, factors, 0.5))
+
+    assert gradcheck(run, (x, tucker.core, *tucker.factors))
+    assert gradgradcheck(run, (x, tucker.core, *tucker.factors))
+
+
+def spatial(draw, modes):
+    return tuple(draw(st.integers(1, 6)) for _ in range(modes))
+
+
+@st.composite
+def problems(draw):
+    """A layer, an input, and how that input lies in memory."""
+    modes = draw(st.integers(0, 3))
+    groups = draw(st.sampled_from([1, 1, 2, 3])) if modes else 1
+    width, per_group = draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    kernel = tuple(draw(st.integers(1, 3)) for _ in range(modes))
+    shape = (per_group * groups, width, *kernel)
+    ranks = tuple(draw(st.integers(1, n)) for n in shape)
+    if modes:
+        mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+        dilation = tuple(draw(st.integers(1, 2)) for _ in kernel)
+        padding = tuple(p for _ in kernel for p in [draw(st.integers(0, 2))] * 2)
+        extent = tuple(d * (k - 1) + 1 + draw(st.integers(2, 5)) for d, k in zip(dilation, kernel, strict=True))
+        op = ConvOp(tuple(draw(st.integers(1, 3)) for _ in kernel), padding, dilation, groups, mode)
+        x_shape = (draw(st.integers(0 if mode == "zeros" else 1, 3)), width * groups, *extent)
+    else:
+        op, x_shape = LINEAR, (*(draw(st.integers(0, 5)) for _ in range(draw(st.integers(0, 2)))), width)
+    memory = draw(st.sampled_from(["contiguous", "channels_last", "sliced", "expanded", "overlapping"]))
+    return op, x_shape, shape, ranks, memory
+
+
+def laid_out(shape, memory, dtype):
+    if memory == "channels_last" and len(shape) > 2:
+        order = (0, *range(2, len(shape)), 1)
+        return torch.randn([shape[i] for i in order]).to(dtype).movedim(-1, 1)
+    if memory == "sliced":
+        return torch.randn([2 * n + 1 for n in shape]).to(dtype)[tuple(slice(1, 2 * n + 1, 2) for n in shape)]
+    if memory == "expanded":
+        return torch.randn([1, *shape[1:]]).to(dtype).expand(shape) if shape[0] else torch.randn(shape).to(dtype)
+    if memory == "overlapping":
+        strides = [1] * len(shape)
+        return torch.randn(sum(shape) + 1).to(dtype).as_strided(shape, strides)
+    return torch.randn(shape).to(dtype)
+
+
+@given(problems(), st.sampled_from(PLANS), st.sampled_from([torch.float64, torch.float32]))
+def test_every_plan_agrees_with_the_twin(isa, threads, problem, plan, dtype):
+    op, x_shape, shape, ranks, memory = problem
+    x = laid_out(x_shape, memory, dtype).requires_grad_()
+    w, b = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(shape[0]).to(dtype)
+    tucker = random_tucker(shape, ranks, dtype)
+    inputs = (x, w, tucker.core, *tucker.factors)
+
+    def twin(t):
+        doubled = [v.detach().double().requires_grad_() for v in t]
+        small = Tucker(doubled[2], tuple(doubled[3:]), tucker.scale)
+        y = op.base(doubled[0], doubled[1], b.double()) + op.twin(doubled[0], small)
+        return y, torch.autograd.grad(y, doubled, dy.double())
+
+    y = functional.adapted(op, x, w, b, tucker, plan=plan)
+    dy = torch.randn_like(y)
+    expected, expected_grads = twin(inputs)
+    bound = 1e-10 if dtype == torch.float64 else 2e-5
+    for ours, theirs in zip((y, *torch.autograd.grad(y, inputs, dy)), (expected, *expected_grads), strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == dtype
+        largest = theirs.abs().max().item() if theirs.numel() else 0.0
+        assert (ours.double() - theirs).abs().max().item() <= bound * max(largest, 1.0) if theirs.numel() else True
+    with torch.no_grad():
+        again = functional.adapted(op, x, w, b, tucker, plan=plan)
+    assert torch.equal(again, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ["linear", "conv2d", "conv2d channels_last"])
+def test_half_precision_is_as_accurate_as_pytorch_of_that_dtype(case, dtype, isa):
+    """Error against float64 at most twice that of PyTorch's own layer of the effective weight in that dtype."""
+    torch.manual_seed(0)
+    shape, ranks = ((96, 64), (8, 8)) if case == "linear" else ((48, 32, 3, 3), (8, 8, 2, 2))
+    x = torch.randn(40, 64) if case == "linear" else torch.randn(2, 32, 9, 9)
+    op = LINEAR if case == "linear" else ConvOp((1, 1), (1, 1, 1, 1), (1, 1), 1)
+    x = x.to(dtype)
+    if case.endswith("channels_last"):
+        x = x.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    w, b = (0.1 * torch.randn(shape)).to(dtype), torch.randn(shape[0]).to(dtype)
+    tucker = random_tucker(shape, ranks, torch.float32, scale=0.02)
+    inputs = (x, tucker.core, *tucker.factors)
+    y = functional.adapted(op, x, w, b, tucker, plan="fused")
+    dy = torch.randn_like(y)
+    ours = (y, *torch.autograd.grad(y, inputs, dy))
+
+    exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
+    exact_tucker = Tucker(exact_inputs[1], tuple(exact_inputs[2:]), tucker.scale)
+    exact = op.base(exact_inputs[0], w.double(), b.double()) + op.twin(exact_inputs[0], exact_tucker)
+    exact = (exact, *torch.autograd.grad(exact, exact_inputs, dy.double()))
+
+    theirs_inputs = [t.detach().to(dtype).requires_grad_() for t in inputs]
+    half = Tucker(theirs_inputs[1], tuple(theirs_inputs[2:]), tucker.scale)
+    theirs = op.base(theirs_inputs[0], w, b) + op.twin(theirs_inputs[0], half)
+    theirs = (theirs, *torch.autograd.grad(theirs, theirs_inputs, dy))
+    for a, t, e in zip(ours, theirs, exact, strict=True):
+        assert (a.double() - e).abs().max() <= 2 * (t.double() - e).abs().max()
+
+
+# Dispatch --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def layer():
+    layer = flora.wrap(nn.Linear(5, 7), flora.TuckerConfig(rank=3))
+    nn.init.normal_(layer.deltas["default"].core)
+    return layer
+
+
+class CountC(TorchFunctionMode):
+    """Counts operations that the twin would run: matmul on the factors."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_plain_case_goes_to_c(layer):
+    with CountC() as count:
+        layer(torch.randn(3, 5))
+    assert "matmul" not in count.names and "__matmul__" not in count.names
+
+
+@pytest.mark.parametrize("where", ["dispatch mode", "vmap", "jvp", "compile", "trace", "subclass", "functional_call"])
+def test_watched_calls_agree_with_the_direct_path(layer, where):
+    x = torch.randn(4, 5)
+    expected = layer(x)
+    if where == "dispatch mode":
+
+        class Quiet(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                return func(*args, **(kwargs or {}))
+
+        with Quiet():
+            actual = layer(x)
+    elif where == "vmap":
+        actual = torch.func.vmap(layer)(x)
+    elif where == "jvp":
+        actual, tangent = torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+        torch.testing.assert_close(tangent, F.linear(torch.ones_like(x), layer.weight))
+    elif where == "compile":
+        actual = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    elif where == "trace":
+        actual = torch.jit.trace(layer, (x,), check_trace=False)(x)
+    elif where == "subclass":
+
+        class Sub(torch.Tensor):
+            pass
+
+        actual = layer(x.as_subclass(Sub)).as_subclass(torch.Tensor)
+    else:
+        actual = torch.func.functional_call(layer, dict(layer.named_parameters()), x)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("module", [nn.Linear(8, 6), nn.Conv2d(8, 6, 3)], ids=["linear", "conv"])
+def test_autocast_casts_the_layer_and_not_the_factors(module):
+    layer = flora.wrap(module, flora.TuckerConfig(rank=3))
+    nn.init.normal_(layer.deltas["default"].core)
+    x = torch.randn(2, 8, 5, 5) if isinstance(module, nn.Conv2d) else torch.randn(4, 8)
+    full = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert (y.float() - full).abs().max() < 0.05 * full.abs().max()
+    y.sum().backward()
+    assert layer.deltas["default"].core.grad.dtype == torch.float32
+
+
+def test_lazy_negation_is_seen():
+    layer = flora.wrap(nn.Linear(5, 7), flora.TuckerConfig(rank=3))
+    nn.init.normal_(layer.deltas["default"].core)
+    negative = torch.randn(4, 5, dtype=torch.complex64).conj().imag
+    assert negative.is_neg()
+    torch.testing.assert_close(layer(negative), layer(negative.clone().resolve_neg()))
+
+
+def test_a_gradient_that_is_an_expanded_scalar():
+    for module, x in [(nn.Linear(5, 7), torch.randn(3, 5)), (nn.Conv2d(4, 6, 3), torch.randn(2, 4, 5, 5))]:
+        layer = flora.wrap(module, flora.TuckerConfig(rank=3))
+        nn.init.normal_(layer.deltas["default"].core)
+        x.requires_grad_()
+        layer(x).sum().backward()
+        dx, x.grad = x.grad, None
+        (layer(x) * 1.0).backward(torch.ones_like(layer(x)))
+        torch.testing.assert_close(x.grad, dx)
+
+
+def test_the_base_learns_too_when_it_is_asked_to(layer):
+    layer.base_layer.requires_grad_(True)
+    x = torch.randn(3, 5)
+    layer(x).square().sum().backward()
+    y = layer(x)
+    torch.testing.assert_close(layer.base_layer.weight.grad, 2 * y.T @ x)
+    torch.testing.assert_close(layer.base_layer.bias.grad, 2 * y.sum(0))
+
+
+def test_an_output_that_autograd_kept_is_not_written():
+    layer = flora.wrap(nn.Linear(5, 5), flora.TuckerConfig(rank=3))
+    nn.init.normal_(layer.deltas["default"].core)
+    x = torch.randn(3, 5, requires_grad=True)
+    s = torch.sigmoid(x)
+    kept = s.clone()
+    y = layer(s)
+    (y.sum() + s.sum()).backward()
+    assert torch.equal(s, kept)
+    with torch.no_grad():
+        weight = layer.weight
+        expected = (torch.ones(3, 5) @ weight + 1) * kept * (1 - kept)
+    torch.testing.assert_close(x.grad, expected)
+
+
+# Memory ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["linear", "conv"])
+def test_the_fused_plan_allocates_nothing_of_the_weights_size(case):
+    """PyTorch's allocator is watched; scratch inside the kernels is covered by the test below."""
+    if case == "linear":
+        module, x = nn.Linear(512, 768), torch.randn(16, 512, requires_grad=True)
+    else:
+        module, x = nn.Conv2d(128, 160, 3), torch.randn(1, 128, 6, 6, requires_grad=True)
+    layer = flora.wrap(module, flora.TuckerConfig(rank=8, plan="fused"))
+    nn.init.normal_(layer.deltas["default"].core)
+    base_x = x.detach().clone().requires_grad_()
+
+    def largest(run):
+        run()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            run()
+        sizes = [abs(e.self_cpu_memory_usage) for e in profile.events()]
+        assert sizes, "the profiler saw no allocation at all"
+        return max(sizes)
+
+    size = module.weight.numel() * 4
+    fused = largest(lambda: layer(x).sum().backward())
+    frozen = largest(lambda: module(base_x).sum().backward())
+    merged = flora.wrap(module, flora.TuckerConfig(rank=8, plan="merged"))
+    assert largest(lambda: merged(x).sum().backward()) >= size
+    assert fused < size or fused <= frozen, (fused, frozen, size)
+
+
+def test_the_fused_plan_needs_no_memory_of_the_weights_size():
+    """A 64 MiB weight in a process of its own: its high-water mark stays far below one more weight."""
+    script = """
+import resource, torch, flora
+from torch import nn
+layer = flora.wrap(nn.Linear(4096, 4096), flora.TuckerConfig(rank=8, plan="fused"))
+nn.init.normal_(layer.deltas["default"].core)
+x = torch.randn(8, 4096, requires_grad=True)
+layer.base_layer(x).sum().backward()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+for _ in range(3):
+    layer(x).sum().backward()
+print(peak() - before)
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(out.stdout) < 24 * 1024, "KiB above the frozen layer's peak; the weight has 65536"
