@@ -10,5 +10,33 @@
 from flora.config import DeltaConfig, TuckerConfig
 from flora.deltas import Delta, TuckerDelta
 from flora.layers import AdaptedLayer, Conv1d, Conv2d, Conv3d, Embedding, Linear, wrap
+from flora.model import adapt, add_adapter, delete_adapter, disabled, merge, set_adapter, unload, unmerge
+from flora.report import summary
+from flora.serialization import load_adapter, save_adapter
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AdaptedLayer",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Delta",
+    "DeltaConfig",
+    "Embedding",
+    "Linear",
+    "TuckerConfig",
+    "TuckerDelta",
+    "adapt",
+    "add_adapter",
+    "delete_adapter",
+    "disabled",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "set_adapter",
+    "summary",
+    "unload",
+    "unmerge",
+    "wrap",
+]
