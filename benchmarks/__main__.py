@@ -6,7 +6,7 @@ import argparse
 import gc
 
 from benchmarks.cases import CASES, Case
-from benchmarks.peers import BASELINE, PEERS, Refused
+from benchmarks.peers import BASELINE, PEERS, RefusedError
 from benchmarks.report import Row, line, machine, write
 from benchmarks.timing import interleaved
 from flora.finetune.training import saved_bytes
@@ -18,7 +18,7 @@ def measure(case: Case, rounds: int) -> list[Row]:
     for name, peer in PEERS.items():
         try:
             modules[name] = peer(case.make()[0])
-        except Refused as refusal:
+        except RefusedError as refusal:
             refusals[name] = str(refusal)
     _, x = case.make()
     samples = interleaved(modules, x, rounds)

@@ -1,6 +1,6 @@
 """What is measured on each layer: each entry of `PEERS` takes a frozen layer and returns the module to time.
 
-All have the ranks of `cases`. A peer raises `Refused` for a layer that it does not serve.
+All have the ranks of `cases`. A peer raises `RefusedError` for a layer that it does not serve.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Layer = nn.Linear | nn.Conv2d
 BASELINE = "frozen"
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The peer does not serve this layer."""
 
 
@@ -33,7 +33,7 @@ def _lora(layer: Layer) -> nn.Module:
             warnings.simplefilter("ignore")
             return peft.get_peft_model(nn.Sequential(layer), config).base_model.model[0]
     except ValueError as error:
-        raise Refused(str(error)) from error
+        raise RefusedError(str(error)) from error
 
 
 class _Plain(nn.Module):

@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """One peer on one layer; ``sample`` None where it refused. ``ratio`` is to the frozen layer, quartile to quartile."""
+    """One peer on one layer; ``sample`` None where it refused. ``ratio``: to the frozen layer, quartile to quartile."""
 
     case: str
     peer: str
@@ -36,7 +36,8 @@ def line(row: Row) -> str:
     """One line of the table."""
     if row.sample is None:
         return f"  {row.peer:<24} refuses: {(row.refusal or '').splitlines()[0][:80]}"
-    assert row.ratio is not None and row.saved_bytes is not None
+    assert row.ratio is not None
+    assert row.saved_bytes is not None
     times = f"{row.sample.least * 1e3:9.3f} {row.sample.quartile * 1e3:9.3f} ms"
     mark = f"  spread {row.sample.spread:.0%}: not to be used" if row.noisy else ""
     return f"  {row.peer:<24}{times}  ratio {row.ratio:5.2f}  saved {row.saved_bytes / 2**20:7.1f} MiB{mark}"

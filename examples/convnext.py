@@ -1,4 +1,4 @@
-"""A ConvNeXtV2 of transformers: depthwise 7×7, patch and pointwise layers all get deltas, and keep their 4-D kernels."""
+"""A ConvNeXtV2 of transformers: depthwise 7×7, patch and pointwise layers all get deltas of their own shape."""
 
 import tempfile
 

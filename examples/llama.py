@@ -8,7 +8,12 @@ import flora
 torch.manual_seed(0)
 # A small one, drawn at random, so that this runs anywhere; LlamaForCausalLM.from_pretrained(...) in earnest.
 shape = LlamaConfig(
-    vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
 )
 model = LlamaForCausalLM(shape)
 counting = torch.arange(32).repeat(4, 1)

@@ -6,19 +6,27 @@ It exits with 0 when all went well and with 2, after one sentence on stderr, for
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
+import secrets
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 import flora
+from flora import functional, reference
+from flora.config import DeltaConfig
+from flora.serialization import AdapterFile, read_adapter
+from flora.tables import aligned
+
+EFFICIENTNET = "efficientnet-lite0"  # the one base that has a name of its own; any other is a folder
 
 
 class UserError(Exception):
@@ -54,19 +62,30 @@ def parser() -> argparse.ArgumentParser:
         description="Fine-tunes an EfficientNet-Lite0 with ImageNet weights on scikit-learn's digits, or on your own "
         "images: its head only, and with FLoRA. Saves the adapter, loads it back, merges it, and shows that all three "
         "predict the same.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     tune.add_argument("--data", type=Path, metavar="FOLDER", help="folder of image folders, each named as its class")
-    tune.add_argument("--output", type=Path, default=Path("runs/finetune"), metavar="DIR", help="adapter folder")
-    tune.add_argument("--epochs", type=_positive_int, default=3)
-    tune.add_argument("--batch-size", type=_positive_int, default=50)
-    tune.add_argument("--lr", type=_positive_float, help="one learning rate for all methods instead of each one's own")
-    tune.add_argument("--rank", type=_positive_int, default=8, help="rank of the channel modes")
-    tune.add_argument("--kernel-rank", type=_positive_int, default=2, help="rank of the kernel modes")
-    tune.add_argument("--scale", type=_positive_float, default=1.0, help="factor of the update")
-    tune.add_argument("--seed", type=int, default=0)
-    tune.add_argument("--train-size", type=_positive_int, help="images to train on: 1000 digits, 70%% of a folder")
-    tune.add_argument("--image-size", type=_positive_int, default=64, metavar="PIXELS")
+    tune.add_argument(
+        "--output", type=Path, default=Path("runs/finetune"), metavar="DIR", help="adapter folder, %(default)s"
+    )
+    tune.add_argument("--epochs", type=_positive_int, default=3, metavar="N", help="%(default)s")
+    tune.add_argument("--batch-size", type=_positive_int, default=50, metavar="N", help="%(default)s")
+    tune.add_argument(
+        "--lr", type=_positive_float, metavar="X", help="one learning rate for all methods instead of each one's own"
+    )
+    tune.add_argument(
+        "--rank", type=_positive_int, default=8, metavar="R", help="rank of the channel modes, %(default)s"
+    )
+    tune.add_argument(
+        "--kernel-rank", type=_positive_int, default=2, metavar="R", help="rank of the kernel modes, %(default)s"
+    )
+    tune.add_argument(
+        "--scale", type=_positive_float, default=1.0, metavar="S", help="factor of the update, %(default)s"
+    )
+    tune.add_argument("--seed", type=int, default=0, metavar="N", help="%(default)s")
+    tune.add_argument(
+        "--train-size", type=_positive_int, metavar="N", help="images to train on: 1000 digits, 70%% of a folder"
+    )
+    tune.add_argument("--image-size", type=_positive_int, default=64, metavar="PIXELS", help="%(default)s")
     tune.add_argument("--compare", action="store_true", help="also PEFT's LoRA and full fine-tuning")
     tune.add_argument("--quiet", action="store_true", help="no progress, only the results")
     tune.set_defaults(run=_finetune)
@@ -78,7 +97,9 @@ def parser() -> argparse.ArgumentParser:
     merge = commands.add_parser("merge", help="write a base model's weights with an adapter merged into them")
     merge.add_argument("adapter", type=Path, metavar="DIR")
     merge.add_argument(
-        "--base", required=True, help="efficientnet-lite0, or the local folder of a transformers model (save_pretrained)"
+        "--base",
+        required=True,
+        help="efficientnet-lite0, or the local folder of a transformers model (save_pretrained)",
     )
     merge.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors")
     merge.set_defaults(run=_merge)
@@ -125,11 +146,126 @@ def _finetune(args: argparse.Namespace) -> None:
     job.run()
 
 
-def _info(args: argparse.Namespace) -> None:
-    from flora import functional
+def _inspect(args: argparse.Namespace) -> None:
+    with _user_errors():
+        file = read_adapter(args.adapter)
+    print(f"{file.path}: {file.method}, for a {file.base.model}")
+    for pattern, config in [("", file.config)] if isinstance(file.config, DeltaConfig) else file.config.items():
+        print(f"  {pattern}: {_changed(config)}" if pattern else f"  {_changed(config)}")
+    rows, counted = [], 0
+    for name, entry in file.layers.items():
+        tensors = _of(file, name)
+        count = sum(tensor.numel() for tensor in tensors.values())
+        core, update = _norms(tensors, entry.scale)
+        sizes = ("×".join(map(str, sizes)) for sizes in (entry.shape, entry.ranks))
+        rows.append((name, *sizes, f"{entry.scale:g}", f"{count:,}", core, update))
+        counted += count
+    for name in file.saved:
+        tensors = _of(file, name)
+        count = sum(tensor.numel() for tensor in tensors.values())
+        rows.append((name, "trained whole", "", "", f"{count:,}", "", ""))
+        counted += count
+    print(aligned(("module", "weight", "ranks", "scale", "parameters", "‖core‖", "‖ΔW‖"), rows))
+    base = sum(math.prod(shape) for shape in file.base.shapes.values())
+    size = sum(tensor.nbytes for tensor in file.tensors.values())
+    print(f"{counted:,} parameters, {size / 2**20:.1f} MiB; the base, without what was trained whole, has {base:,}")
 
+
+def _of(file: AdapterFile, name: str) -> dict[str, Tensor]:
+    """The tensors of one module, by their names in it."""
+    return {k.removeprefix(f"{name}."): t for k, t in file.tensors.items() if k.startswith(f"{name}.")}
+
+
+def _changed(config: DeltaConfig) -> str:
+    """A configuration's own values, without the defaults."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    default = type(config)()
+    shown = ", ".join(f"{name}={value!r}" for name, value in fields.items() if value != getattr(default, name))
+    return f"{type(config).__name__}({shown})"
+
+
+def _norms(tensors: dict[str, Tensor], scale: float) -> tuple[str, str]:
+    """The Frobenius norms of a Tucker delta's core and of its s·ΔW, which is not built: ‖ΔW‖² = ⟨G, G ×_m U_mᵀU_m⟩."""
+    if "core" not in tensors:
+        return "", ""
+    core = tensors["core"].double()
+    image = core
+    for mode in range(core.ndim):
+        factor = tensors[f"factors.{mode}"].double()
+        image = reference.mode_product(image, factor.mT @ factor, mode)
+    squared = (core * image).sum().clamp(min=0).item()
+    return f"{core.norm().item():.3g}", f"{abs(scale) * math.sqrt(squared):.3g}"
+
+
+def _merge(args: argparse.Namespace) -> None:
+    with _user_errors():
+        target = _writable(args.output, args.base)
+        model = _base(args.base, read_adapter(args.adapter))
+        tied = _tied(model)
+        flora.load_adapter(model, args.adapter, trainable=False)
+        flora.unload(model, merge=True)
+    still = _tied(model)
+    tensors = {name: t.contiguous() for name, t in model.state_dict().items() if name not in still}
+    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        safetensors.torch.save_file(tensors, aside, metadata={"format": "pt"})
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)
+    print(f"{args.adapter} merged into {args.base}: {target} ({target.stat().st_size / 2**20:.1f} MiB)")
+    for name in tied.keys() - still.keys():
+        print(f"{name} was tied to {tied[name]} and is no longer: load it with tie_word_embeddings=False or the like")
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """The name that a tensor was registered under first, for every further name; such a file leaves those out."""
+    first: dict[tuple[object, ...], str] = {}
+    again: dict[str, str] = {}
+    for name, tensor in model.state_dict().items():
+        where = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and first.setdefault(where, name) != name:
+            again[name] = first[where]
+    return again
+
+
+def _writable(path: Path, base: str) -> Path:
+    """``--output``, if it may be written."""
+    target = Path(os.path.realpath(path))
+    if target.suffix != ".safetensors":
+        raise ValueError(f"--output {str(path)!r} does not end in .safetensors")
+    if not target.parent.is_dir():
+        raise NotADirectoryError(f"--output {str(path)!r}: there is no folder {str(target.parent)!r}")
+    if target.exists() and (not target.is_file() or target.parent == Path(os.path.realpath(base))):
+        raise FileExistsError(f"--output {str(path)!r} is a folder or one of the base's own files")
+    return target
+
+
+def _base(name: str, adapter: AdapterFile) -> nn.Module:
+    """The network that ``--base`` means, with as many classes as the adapter's classifier."""
+    if name == EFFICIENTNET:
+        from flora.finetune import network
+
+        head = adapter.tensors.get(f"{network.HEAD}.weight") if network.HEAD in adapter.saved else None
+        return network.pretrained(None if head is None else len(head))
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"--base {name!r} is neither {EFFICIENTNET} nor a folder with a config.json")
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    architecture = next(iter(config.architectures or ()), None)
+    kind = getattr(transformers, architecture or "", None)
+    if kind is None:
+        raise ValueError(f"--base {name!r}: its config.json names architectures={config.architectures!r}, unknown here")
+    model: nn.Module = kind.from_pretrained(folder, local_files_only=True, dtype="auto")
+    return model
+
+
+def _info(args: argparse.Namespace) -> None:
     rows: dict[str, Any] = {"flora": flora.__version__, "torch": torch.__version__}
     rows |= {"python": sys.version.split()[0], "torch threads": torch.get_num_threads(), **functional.info()}
     for name, value in rows.items():
         shown = ", ".join(map(str, value)) if isinstance(value, tuple | list) else value
-        print(f"{name.replace('_', ' '):<20}{shown}")
+        print(f"{name.replace('_', ' '):<16}{shown}")

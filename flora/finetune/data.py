@@ -120,8 +120,8 @@ def split(images: Images, classes: Sequence[str], train_size: int, seed: int) ->
     place = torch.empty(len(images), dtype=torch.float64)
     for label in range(len(classes)):  # each class spread evenly over 0..1, so that any stretch holds its share
         members = (images.labels == label).nonzero().flatten()
-        order = torch.randperm(len(members), generator=generator)
-        place[members[order]] = (torch.arange(len(members)) + torch.rand((), generator=generator)).double() / len(members)
+        shuffled = members[torch.randperm(len(members), generator=generator)]
+        place[shuffled] = (torch.arange(len(members)) + torch.rand(1, generator=generator)).double() / len(members)
     order = place.argsort(stable=True)
     middle = train_size + (len(images) - train_size) // 2
     train, validation, test = (images.subset(part) for part in order.tensor_split([train_size, middle]))

@@ -15,6 +15,8 @@ from flora.finetune import network
 from flora.finetune.data import SMALLEST_CLASS, Dataset, digits, folder, require, split
 from flora.finetune.methods import FLORA, FULL, HEAD_ONLY, LORA, Method, Ranks
 from flora.finetune.training import accuracy, fit, hold_statistics, predict, saved_bytes
+from flora.serialization import _check_replaceable as check_replaceable
+from flora.tables import aligned
 
 DIGITS_TO_TRAIN = 1000
 SHARE_TO_TRAIN = 0.7  # of a folder of images
@@ -64,7 +66,8 @@ class Job:
         splits = (self.data.train, self.data.validation, self.data.test)
         self._say("{} images to train on, {} to validate, {} to test, ".format(*map(len, splits)), end="")
         self._say(f"{len(self.data.classes)} classes, seed {self.settings.seed}")
-        results, notes = [], []
+        results: list[Result] = []
+        notes: list[str] = []
         for method in methods:
             model, said = self._prepared(method)
             results.append(self._trained(method, model))
@@ -143,11 +146,7 @@ def prepare(settings: Settings) -> Job:
 
 def check_output(path: Path) -> None:
     """Raises OSError unless an adapter can be saved at ``path``: a new folder, an empty one or another adapter's."""
-    if path.exists() or path.is_symlink():
-        if not path.is_dir():
-            raise NotADirectoryError(f"--output {str(path)!r} is a file")
-        if any(path.iterdir()) and not (path / "adapter_config.json").is_file():
-            raise FileExistsError(f"--output {str(path)!r} is not empty and holds no adapter; it is left as it is")
+    check_replaceable(path)
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(f"--output {str(path)!r} cannot be made: {str(parent)!r} is not a folder to write to")
@@ -163,16 +162,11 @@ def table(results: Sequence[Result]) -> str:
             f"{r.validation:.1%}",
             f"{r.trainable:,}",
             f"{r.seconds_per_step:.3f}",
-            f"{r.saved_bytes / 2**20:.0f} MiB",
+            f"{r.saved_bytes / 2**20:.1f} MiB",
         )
         for r in results
     ]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in (head, tuple("─" * width for width in widths), *rows)
-    ]
-    return "\n".join(lines)
+    return aligned(head, rows)
 
 
 def compared(name: str, trained: Tensor, other: Tensor) -> str:

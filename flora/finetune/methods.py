@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 
@@ -83,7 +84,7 @@ def peft_lora(model: nn.Module, ranks: Ranks) -> tuple[nn.Module, tuple[str, ...
     )
     notes = [f"LoRA is PEFT {peft.__version__}'s, on {len(accepted)} of {len(layers)} convolutions."]
     if refused:
-        depthwise = sum(1 for name in refused if model.get_submodule(name).groups > 1)  # type: ignore[operator]
+        depthwise = sum(cast(nn.Conv2d, model.get_submodule(name)).groups > 1 for name in refused)
         notes.append(f"It refuses {len(refused)}, {depthwise} of them depthwise: {', '.join(refused)}.")
     return peft.get_peft_model(model, config), tuple(notes)
 

@@ -47,12 +47,15 @@ def fit(
     optimizer = torch.optim.AdamW(trained, lr=lr)
     order = torch.Generator().manual_seed(seed)
     steps = math.ceil(len(data.train) / batch_size)
-    seconds, validation, kept = [], [], [p.detach().clone() for p in trained]
+    seconds: list[float] = []
+    validation: list[float] = []
+    kept: list[Tensor] = []
     with require("tqdm").tqdm(total=epochs * steps, desc=label, unit="step", disable=quiet) as bar:
         for epoch in range(epochs):
             model.train()
             hold_statistics(model)
-            for index in torch.randperm(len(data.train), generator=order).split(batch_size):
+            batches = torch.randperm(len(data.train), generator=order).split(batch_size)  # type: ignore[no-untyped-call]
+            for index in batches:
                 start = time.perf_counter()
                 loss = step(model, optimizer, *data.train.batch(index))
                 seconds.append(time.perf_counter() - start)
