@@ -83,7 +83,8 @@ def state_of(model: nn.Module) -> State:
         }
         first = next(iter(configs.values()))
         if all(config == first for config in configs.values()):
-            state.adapters[adapter] = Adapter(replace(first, target_modules=tuple(configs)), dict.fromkeys(configs, ""))
+            named = first if "" in configs else replace(first, target_modules=tuple(configs))
+            state.adapters[adapter] = Adapter(named, dict.fromkeys(configs, ""))
         else:
             state.adapters[adapter] = Adapter(configs, {name: name for name in configs})
     state.active = tuple(dict.fromkeys(adapter for layer in layers.values() for adapter in layer.active))

@@ -146,6 +146,8 @@ def select(model: nn.Module, config: Configs) -> Selection:
     for pattern, own in configs.items():
         what, wanted = (f"pattern={pattern!r}", pattern) if pattern else _shown("target_modules", own.target_modules)
         found = _pattern_matches(pattern, candidates) if pattern else _matches(what, own.target_modules, candidates)
+        if not isinstance(wanted, str) and not callable(wanted):
+            _check_containers(what, wanted, found)
         excluded = _excluded(own, candidates)
         chosen: list[str] = []
         for target in found:
@@ -155,7 +157,7 @@ def select(model: nn.Module, config: Configs) -> Selection:
             if reason is None:
                 layers[target.name] = replace(target, config=own.for_module(target.name), pattern=pattern)
                 chosen.append(target.name)
-            elif target.name not in excluded and _named(wanted, target):
+            elif target.name not in excluded and wanted != "all" and _has_weight(target.original):
                 raise ValueError(f"{target.name}: {what} names it, but {reason}")
             else:
                 left_alone.setdefault(target.name, (describe(target.original), reason))
@@ -334,11 +336,12 @@ def _refusal(target: Target, closed: Collection[str]) -> str | None:
     return refusal(target.original)
 
 
-def _named(targets: Targets, target: Target) -> bool:
-    """Whether a match is meant for that very layer: by name, or by a pattern if it has a weight at all."""
-    if isinstance(targets, str) or callable(targets):
-        return targets != "all" and _has_weight(target.original)
-    return True
+def _check_containers(what: str, names: Iterable[str], found: Iterable[Target]) -> None:
+    """Raises ValueError for a name that only modules without a weight of their own have."""
+    for suffix in names:
+        hits = [target for target in found if target.any(partial(is_suffix, suffix))]
+        if not any(_has_weight(target.original) or refusal(target.original) is None for target in hits):
+            raise ValueError(f"{hits[0].name}: {what} names it, but {refusal(hits[0].original)}")
 
 
 def _has_weight(module: nn.Module) -> bool:

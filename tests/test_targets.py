@@ -208,7 +208,7 @@ def test_select_named_takes_exactly_these():
         (["head.0"], ["head"], r"^head\.0: the file adapts it and trains it whole"),
     ]:
         with pytest.raises(ValueError, match=message):
-            select_named(Net(), {name: (own, "") for name in layers}, saved)
+            select_named(Net(), dict.fromkeys(layers, (own, "")), saved)
 
 
 def test_selecting_changes_nothing():
