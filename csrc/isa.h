@@ -1,0 +1,24 @@
+/* Which kernel table is used: the best one that the CPU has, capped by the environment variable FLORA_ISA. */
+#ifndef FLORA_ISA_H
+#define FLORA_ISA_H
+
+#include "flora.h"
+#include "kernels/kernels.h"
+
+/* Probes the CPU and reads FLORA_ISA. Returns 0, or -1 if FLORA_ISA is no name of a level (it is then ignored). */
+int flora_isa_init(void);
+
+/* The level in use: "portable", "v3" (x86-64-v3) or "v4" (x86-64-v4). */
+const char *flora_isa_name(void);
+
+/* Writes the names of the levels that this CPU runs, lowest first, to names[0 … max), and returns how many there are.
+ * The cap does not count here. */
+int flora_isa_available(const char *names[], int max);
+
+/* Uses another level from the next call on (for tests). Returns 0, or -1 if the CPU lacks it or there is none. */
+int flora_isa_set(const char *name);
+
+/* The table of the level in use for one activation type. */
+const flora_kernels *flora_isa_kernels(flora_dtype dtype);
+
+#endif

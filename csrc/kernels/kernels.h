@@ -1,0 +1,64 @@
+/* The kernel table: what an instruction set offers to the operations in tucker_*.c.
+ *
+ * There is one multiplication, `gemm`, and a few copies around it. Every product in flora (projections, small
+ * convolutions, their gradients, mode products) is that one, with other strides.
+ *
+ * Here "act" is the activation type (float, double, or bfloat16 and float16 as 16 raw bits) and "real" the compute type
+ * (double for double, else float). Kernels allocate nothing, know no threads, and check nothing.
+ */
+#ifndef FLORA_KERNELS_H
+#define FLORA_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* c (m, n) = c_in (m, n) + sum over t < taps and l < k of a_t(i, l) · b_t(l, j)
+ *
+ * n is the vector: c, c_in and b have unit stride along it. `a` is read one scalar at a time through any strides.
+ * b is scratch and must stay readable up to the next multiple of the vector width of its last row. */
+typedef struct {
+    int64_t m, n, k;
+    const void *a; /* real */
+    int64_t a_m, a_k;
+    const void *b; /* real */
+    int64_t b_k;
+    int64_t taps;                   /* 1 for a plain product */
+    const int64_t *a_taps, *b_taps; /* where each tap's a and b start; NULL: taps is 1 and both start at 0 */
+    const void *c_in;               /* NULL: zero; may be c itself */
+    void *c;                        /* real in gemm, act in gemm_act */
+    int64_t c_m;                    /* row stride of c and c_in */
+} flora_gemm;
+
+typedef struct {
+    size_t act_size, real_size; /* bytes */
+    int64_t lanes;              /* reals in a vector: rows of packed matrices are padded to a multiple of it */
+
+    void (*gemm)(const flora_gemm *g);
+    void (*gemm_act)(const flora_gemm *g);
+
+    /* to (m, n) real, row stride to_m = from (m, n) act through any strides */
+    void (*widen)(void *to, int64_t to_m, const void *from, int64_t from_m, int64_t from_n, int64_t m, int64_t n);
+    /* the same from real */
+    void (*copy)(void *to, int64_t to_m, const void *from, int64_t from_m, int64_t from_n, int64_t m, int64_t n);
+    /* to (m, width >= n) real = scale · from (m, n) real, then zeros */
+    void (*pack)(void *to, int64_t width, const void *from, int64_t from_m, int64_t from_n, int64_t m, int64_t n,
+                 double scale);
+    /* to (n, m) real, row stride to_n = the transpose of from (m, n) real, row stride from_m. Both are scratch: rows
+     * and columns up to the next multiple of the vector width are read and written too. */
+    void (*transpose)(void *to, int64_t to_n, const void *from, int64_t from_m, int64_t m, int64_t n);
+    /* to (m, n) real, any strides = scale · sum over p < parts of from + p · part (m, n), row stride from_m; from is
+     * scratch whose rows are read up to the next multiple of the vector width */
+    void (*sum)(void *to, int64_t to_m, int64_t to_n, const void *from, int64_t from_m, int64_t parts, int64_t part,
+                int64_t m, int64_t n, double scale);
+    /* to (n) real += from (n) real */
+    void (*add)(void *to, const void *from, int64_t n);
+} flora_kernels;
+
+/* One table an instruction set, indexed by flora_dtype. */
+extern const flora_kernels flora_kernels_portable[4];
+#if defined(__x86_64__)
+extern const flora_kernels flora_kernels_v3[4];
+extern const flora_kernels flora_kernels_v4[4];
+#endif
+
+#endif

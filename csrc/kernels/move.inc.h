@@ -1,0 +1,90 @@
+/* Copies around the product, for one compute type: copy, pack, sum, add. All real in, real out; sums are real.
+ *
+ * Rows of the strided side may have any strides; unit strides are the vectorised case. */
+
+/* to (m, n), row stride to_m = from (m, n) */
+static void NAME(copy)(void *to_, int64_t to_m, const void *from_, int64_t from_m, int64_t from_n, int64_t m,
+                       int64_t n) {
+    for (int64_t i = 0; i < m; i++) {
+        real *to = (real *)to_ + i * to_m;
+        const real *from = (const real *)from_ + i * from_m;
+        if (from_n == 1)
+            memcpy(to, from, (size_t)n * sizeof(real));
+        else
+            for (int64_t j = 0; j < n; j++)
+                to[j] = from[j * from_n];
+    }
+}
+
+/* to (m, width >= n) = scale · from (m, n), then zeros */
+static void NAME(pack)(void *to_, int64_t width, const void *from_, int64_t from_m, int64_t from_n, int64_t m,
+                       int64_t n, double scale) {
+    const real s = (real)scale;
+    for (int64_t i = 0; i < m; i++) {
+        real *to = (real *)to_ + i * width;
+        const real *from = (const real *)from_ + i * from_m;
+        if (from_n == 1)
+            for (int64_t j = 0; j < n; j++)
+                to[j] = s * from[j];
+        else
+            for (int64_t j = 0; j < n; j++)
+                to[j] = s * from[j * from_n];
+        for (int64_t j = n; j < width; j++)
+            to[j] = 0;
+    }
+}
+
+/* to (n, m) = the transpose of from (m, n), both scratch, in squares of LANES × LANES.
+ *
+ * The perfect shuffle: interleaving row i with row i + LANES / 2, for all i, log2(LANES) times, transposes a square. */
+static void NAME(transpose)(void *to_, int64_t to_n, const void *from_, int64_t from_m, int64_t m, int64_t n) {
+    for (int64_t i = 0; i < m; i += LANES)
+        for (int64_t j = 0; j < n; j += LANES) {
+            vec square[LANES], next[LANES];
+            FLORA_UNROLL
+            for (int q = 0; q < LANES; q++)
+                square[q] = REAL(load)((const real *)from_ + (i + q) * from_m + j);
+            FLORA_UNROLL
+            for (int step = 1; step < LANES; step *= 2) {
+                FLORA_UNROLL
+                for (int q = 0; q < LANES / 2; q++) {
+                    next[2 * q] = REAL(interleave_low)(square[q], square[q + LANES / 2]);
+                    next[2 * q + 1] = REAL(interleave_high)(square[q], square[q + LANES / 2]);
+                }
+                FLORA_UNROLL
+                for (int q = 0; q < LANES; q++)
+                    square[q] = next[q];
+            }
+            FLORA_UNROLL
+            for (int q = 0; q < LANES; q++)
+                REAL(store)((real *)to_ + (j + q) * to_n + i, square[q]);
+        }
+}
+
+/* to (m, n) = scale · Σ_p from_p (m, n), row stride from_m; p ascends, so the result is always the same */
+static void NAME(sum)(void *to_, int64_t to_m, int64_t to_n, const void *from_, int64_t from_m, int64_t parts,
+                      int64_t part, int64_t m, int64_t n, double scale) {
+    const real s = (real)scale;
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t j = 0; j < n; j += LANES) {
+            const real *from = (const real *)from_ + i * from_m + j;
+            real *to = (real *)to_ + i * to_m + j * to_n;
+            vec total = REAL(load)(from);
+            for (int64_t p = 1; p < parts; p++)
+                total += REAL(load)(from + p * part);
+            total *= s;
+            if (to_n == 1 && n - j >= LANES)
+                REAL(store)(to, total);
+            else
+                for (int64_t q = 0; q < LANES && q < n - j; q++)
+                    to[q * to_n] = total[q];
+        }
+}
+
+/* to (n) += from (n) */
+static void NAME(add)(void *to_, const void *from_, int64_t n) {
+    real *to = to_;
+    const real *from = from_;
+    for (int64_t j = 0; j < n; j++)
+        to[j] += from[j];
+}

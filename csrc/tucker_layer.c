@@ -1,0 +1,895 @@
+/* The Tucker update of a Linear or convolution, applied without forming it.
+ *
+ * Types: activations act, everything else real (float, or double for float64); all sums real.
+ * Source: FLoRA, arXiv 2405.14739. For a pixel, with taps of the core's kernel modes:
+ *     h = x · U_in              k = Σ_tap h(at tap) · G_tapᵀ        y += s · k · U_outᵀ
+ * and backward
+ *     dk = s · dy · U_out       dh = Σ_tap dk(at tap) · G_tap        dx += dh · U_inᵀ
+ *     dU_out = s · dyᵀ · k      dG_tap = dkᵀ · h(at tap)             dU_in = xᵀ · dh
+ * The naive versions are flora/reference.py's tucker_linear_* and tucker_conv_*.
+ *
+ * Work is cut into tiles of pixels of one image and one group. Everything that has `rank` columns lives in tiles with
+ * channels last, padded to the vector width, in scratch; x, y, dy and dx are read and written where they are, once.
+ * A pointwise layer (a Linear, or a 1×1 convolution) does a whole tile, forward or backward, in one go. Otherwise h is
+ * a padded image of its own, and backward runs the small transposed convolution dk → dh between the two halves.
+ *
+ * Every element of y, dx and h is computed by one task in one order. Gradients of the parameters are sums over pixels:
+ * each chunk of tasks has its own, and they are added in the order of the chunks.
+ */
+#include "tucker_layer.h"
+#include "parallel.h"
+
+#include <string.h>
+
+enum {
+    ROW_TILE = 64,    /* pixels of a tile: enough for a parameter gradient to be loaded and stored rarely … */
+    PLANE_TILE = 128, /* … and, where pixels are the vector, for lines long enough to prefetch */
+    BLOCK = 128,      /* channels taken at a time, so that a block of a tile stays in the first-level cache */
+    LINE_TILE = 256   /* pixels of dh's lines in a task of the transposed convolution */
+};
+
+/* Layer, scratch and the places in it. Names ending in _w are row widths (ranks padded to the vector). */
+typedef struct {
+    const flora_layer *layer;
+    const flora_kernels *kernels;
+    flora_scratch scratch;
+    int64_t tile, in_w, out_w, y_w, dx_w;
+
+    /* packed factors */
+    size_t u_in;      /* (c_in, in_w) */
+    size_t u_out;     /* (groups · c_out, out_w) · scale */
+    size_t core;      /* (taps, r_in, out_w) */
+    size_t core_t;    /* (taps, r_out, in_w) */
+    size_t to_y;      /* U_out · scale as `expand` wants it for y */
+    size_t to_dx;     /* U_in as `expand` wants it for dx */
+    size_t taps_a;    /* (taps) int64: where a tap's pixel is in h */
+    size_t taps_core; /* (taps) int64: where a tap is in `core` */
+
+    /* images */
+    char *h;                                                 /* (batch, *padded, groups · r_in), or NULL */
+    int64_t h_batch, h_stride[FLORA_MAX_SPATIAL], h_channel; /* its strides … */
+    int64_t h_interior;                                      /* … and the first pixel that is not padding */
+    flora_pixels h_in, h_out; /* its pixels as the input numbers them, and (for tap 0) the output */
+    int owns_h;               /* h is scratch, since the caller has none */
+    size_t h_scratch;
+    size_t dk; /* (batch, groups, *out, out_w) */
+    size_t dh; /* (batch, groups, *padded, in_w) */
+    int64_t dh_interior;
+    flora_pixels dh_in;
+
+    /* per chunk */
+    int chunks;
+    size_t rooms, sums;
+    int64_t room_size, sums_size;                                                         /* bytes */
+    size_t h_tile, k_tile, dk_tile, dh_tile, turned, block, line_taps_dk, line_taps_core; /* within a room */
+    size_t d_u_in, d_core, d_u_out; /* within the sums: (c_in, in_w), (taps, r_in, out_w), (groups · c_out, out_w) */
+} plan;
+
+static void *at(const plan *p, size_t offset) {
+    return p->scratch.base + offset;
+}
+
+static void *in_room(const plan *p, int chunk, size_t offset) {
+    return p->scratch.base + p->rooms + chunk * p->room_size + offset;
+}
+
+static void *in_sums(const plan *p, int chunk, size_t offset) {
+    return p->scratch.base + p->sums + chunk * p->sums_size + offset;
+}
+
+/* `n` reals from `base` on */
+static void *reals(const plan *p, const void *base, int64_t n) {
+    return (char *)base + n * (int64_t)p->kernels->real_size;
+}
+
+/* Fields ---------------------------------------------------------------------------------------------------------- */
+
+flora_field flora_field_of(const flora_view *view, int rows) {
+    flora_field field = {.data = view->data, .batch = rows ? 0 : view->strides[0], .channel = view->strides[1]};
+    field.pixels = rows ? flora_pixels_of(1, view->shape, view->strides)
+                        : flora_pixels_of(view->ndim - 2, view->shape + 2, view->strides + 2);
+    return field;
+}
+
+flora_status flora_expect_writable(flora_field *field, const flora_view *view, const char *name, char *error) {
+    const int64_t channels = view->shape[1], pixels = field->pixels.count;
+    const int by_rows = channels <= 1 || field->channel == 1;
+    const int last = view->ndim - 1, spatial = last > 1;
+    int by_planes = pixels <= 1 || flora_pixel_stride(&field->pixels) == 1;
+    if (!by_rows && !by_planes && spatial && view->shape[last] == 1) { /* runs of a single pixel, whatever the strides */
+        field->pixels.extent[field->pixels.ndim] = field->pixels.stride[field->pixels.ndim] = 1;
+        field->pixels.ndim++;
+        by_planes = 1;
+    }
+    if (!by_rows && !by_planes)
+        return flora_fail(error, FLORA_BAD_LAYOUT,
+                          "%s must have unit stride in its channels or its last mode, not strides of %lld and %lld",
+                          name, (long long)view->strides[1], (long long)view->strides[spatial ? last : 0]);
+    field->planes = by_planes && (!by_rows || channels < pixels);
+    return FLORA_OK;
+}
+
+static char *field_at(const plan *p, const flora_field *field, int64_t image, int64_t channel, int64_t offset) {
+    return flora_at(field->data, image * field->batch + channel * field->channel + offset, p->kernels->act_size);
+}
+
+/* Steps on one tile ----------------------------------------------------------------------------------------------- */
+
+/* The tile: `pixels` pixels from `first` on, of one image and group. */
+typedef struct {
+    int64_t image, group, first, pixels;
+} tile;
+
+static void multiply(const plan *p, flora_gemm g) {
+    if (g.taps == 0)
+        g.taps = 1;
+    p->kernels->gemm(&g);
+}
+
+/* A block (tile pixels, channels) of a field as reals: where it is if its type and strides allow, else a copy. */
+static const void *block_of(const plan *p, const flora_field *field, const tile *t, int64_t channel, int64_t channels,
+                            void *room, int64_t *a_pixel, int64_t *a_channel) {
+    int64_t run, offset = flora_pixel_at(&field->pixels, t->first, &run);
+    const int64_t step = flora_pixel_stride(&field->pixels);
+    if (p->kernels->act_size == p->kernels->real_size && run >= t->pixels) {
+        *a_pixel = step;
+        *a_channel = field->channel;
+        return field_at(p, field, t->image, channel, offset);
+    }
+    const int by_rows = field->channel == 1;
+    *a_pixel = by_rows ? channels : 1;
+    *a_channel = by_rows ? 1 : t->pixels;
+    for (int64_t done = 0; done < t->pixels; done += run) {
+        offset = flora_pixel_at(&field->pixels, t->first + done, &run);
+        run = flora_min(run, t->pixels - done);
+        const char *from = field_at(p, field, t->image, channel, offset);
+        if (by_rows)
+            p->kernels->widen(reals(p, room, done * channels), channels, from, step, 1, run, channels);
+        else
+            p->kernels->widen(reals(p, room, done), t->pixels, from, field->channel, step, channels, run);
+    }
+    return room;
+}
+
+/* One pass over a tile (pixels, channels) of x or dy:
+ *     product (pixels, product_w) = tile · matrix (channels, product_w)     if product is not NULL
+ *     sums (channels, with_w) += tileᵀ · with (pixels, with_w)              if sums is not NULL */
+static void sweep(const plan *p, const flora_field *field, const tile *t, int64_t channels, void *room, void *product,
+                  const void *matrix, int64_t product_w, void *sums, const void *with, int64_t with_w) {
+    if (channels == 0 && product != NULL)
+        memset(product, 0, (size_t)(t->pixels * product_w) * p->kernels->real_size);
+    for (int64_t c = 0; c < channels; c += BLOCK) {
+        const int64_t count = flora_min(BLOCK, channels - c);
+        int64_t a_pixel, a_channel;
+        const void *a = block_of(p, field, t, t->group * channels + c, count, room, &a_pixel, &a_channel);
+        if (product != NULL)
+            multiply(p, (flora_gemm){.m = t->pixels,
+                                     .n = product_w,
+                                     .k = count,
+                                     .a = a,
+                                     .a_m = a_pixel,
+                                     .a_k = a_channel,
+                                     .b = reals(p, matrix, c * product_w),
+                                     .b_k = product_w,
+                                     .c_in = c ? product : NULL,
+                                     .c = product,
+                                     .c_m = product_w});
+        if (sums != NULL)
+            multiply(p, (flora_gemm){.m = count,
+                                     .n = with_w,
+                                     .k = t->pixels,
+                                     .a = a,
+                                     .a_m = a_channel,
+                                     .a_k = a_pixel,
+                                     .b = with,
+                                     .b_k = with_w,
+                                     .c_in = reals(p, sums, c * with_w),
+                                     .c = reals(p, sums, c * with_w),
+                                     .c_m = with_w});
+    }
+}
+
+/* y (pixels, channels) += k (pixels, rank) · Uᵀ, y a tile of an output field in either layout.
+ * u: (rank, channels, padded) of the group if channels are the vector; (channels, rank) if pixels are. */
+static void expand(const plan *p, const flora_field *field, const tile *t, int64_t channels, const void *k, int64_t k_w,
+                   int64_t rank, const void *u, int64_t u_w, void *turned) {
+    const int64_t width = p->tile;
+    if (rank == 0 || channels == 0)
+        return;
+    if (field->planes)
+        p->kernels->transpose(turned, width, k, k_w, t->pixels, rank);
+    for (int64_t done = 0, run; done < t->pixels; done += run) {
+        const int64_t offset = flora_pixel_at(&field->pixels, t->first + done, &run);
+        run = flora_min(run, t->pixels - done);
+        char *y = field_at(p, field, t->image, t->group * channels, offset);
+        flora_gemm g = {.k = rank, .taps = 1, .c_in = y, .c = y};
+        if (field->planes) {
+            g.m = channels, g.n = run;
+            g.a = u, g.a_m = rank, g.a_k = 1;
+            g.b = reals(p, turned, done), g.b_k = width;
+            g.c_m = field->channel;
+        } else {
+            g.m = run, g.n = channels;
+            g.a = reals(p, k, done * k_w), g.a_m = k_w, g.a_k = 1;
+            g.b = u, g.b_k = u_w;
+            g.c_m = flora_pixel_stride(&field->pixels);
+        }
+        p->kernels->gemm_act(&g);
+    }
+}
+
+/* h's tile (pixels, in_w) from or to the image h, interior pixels only. */
+static void load_h(const plan *p, const tile *t, void *h_tile) {
+    const int64_t r = p->layer->r_in;
+    for (int64_t done = 0, run; done < t->pixels; done += run) {
+        const int64_t offset = flora_pixel_at(&p->h_in, t->first + done, &run);
+        run = flora_min(run, t->pixels - done);
+        const void *from = reals(p, p->h, t->image * p->h_batch + p->h_interior + t->group * r * p->h_channel + offset);
+        p->kernels->pack(reals(p, h_tile, done * p->in_w), p->in_w, from, flora_pixel_stride(&p->h_in), p->h_channel,
+                         run, r, 1.0);
+    }
+}
+
+static void store_h(const plan *p, const tile *t, const void *h_tile) {
+    const int64_t r = p->layer->r_in;
+    for (int64_t done = 0, run; done < t->pixels; done += run) {
+        const int64_t offset = flora_pixel_at(&p->h_in, t->first + done, &run);
+        run = flora_min(run, t->pixels - done);
+        void *to = reals(p, p->h, t->image * p->h_batch + p->h_interior + t->group * r + offset);
+        p->kernels->copy(to, flora_pixel_stride(&p->h_in), reals(p, h_tile, done * p->in_w), p->in_w, 1, run, r);
+    }
+}
+
+/* k (pixels, out_w) = Σ_tap h(at tap) · G_tapᵀ, from the padded image h, line by line. */
+static void convolve(const plan *p, const tile *t, void *k_tile) {
+    const flora_layer *layer = p->layer;
+    for (int64_t done = 0, run; done < t->pixels; done += run) {
+        const int64_t offset = flora_pixel_at(&p->h_out, t->first + done, &run);
+        run = flora_min(run, t->pixels - done);
+        multiply(
+            p, (flora_gemm){.m = run,
+                            .n = p->out_w,
+                            .k = layer->r_in,
+                            .a = reals(p, p->h, t->image * p->h_batch + t->group * layer->r_in * p->h_channel + offset),
+                            .a_m = flora_pixel_stride(&p->h_out),
+                            .a_k = p->h_channel,
+                            .b = at(p, p->core),
+                            .b_k = p->out_w,
+                            .taps = layer->taps,
+                            .a_taps = at(p, p->taps_a),
+                            .b_taps = at(p, p->taps_core),
+                            .c = reals(p, k_tile, done * p->out_w),
+                            .c_m = p->out_w});
+    }
+}
+
+/* dG_tap (r_in, out_w) += h(at tap)ᵀ · dk, transposed so that h, whose rows are not padded, is the broadcast side. */
+static void core_gradient(const plan *p, const tile *t, const void *dk, void *sums) {
+    const flora_layer *layer = p->layer;
+    const int64_t *taps = at(p, p->taps_a);
+    for (int64_t done = 0, run; done < t->pixels; done += run) {
+        const int64_t offset = flora_pixel_at(&p->h_out, t->first + done, &run);
+        run = flora_min(run, t->pixels - done);
+        for (int64_t tap = 0; tap < layer->taps; tap++) {
+            void *sum = reals(p, sums, tap * layer->r_in * p->out_w);
+            multiply(p, (flora_gemm){.m = layer->r_in,
+                                     .n = p->out_w,
+                                     .k = run,
+                                     .a = reals(p, p->h,
+                                                t->image * p->h_batch + t->group * layer->r_in * p->h_channel + offset +
+                                                    taps[tap]),
+                                     .a_m = p->h_channel,
+                                     .a_k = flora_pixel_stride(&p->h_out),
+                                     .b = reals(p, dk, done * p->out_w),
+                                     .b_k = p->out_w,
+                                     .c_in = sum,
+                                     .c = sum,
+                                     .c_m = p->out_w});
+        }
+    }
+}
+
+/* Padding -----------------------------------------------------------------------------------------------------------
+ */
+
+/* The input position that padded position `i` of a mode shows, or -1 for a zero. */
+static int64_t shown(const flora_layer *layer, int mode, int64_t i) {
+    const int64_t extent = layer->in[mode];
+    i -= layer->geometry.padding[mode][0];
+    if (i >= 0 && i < extent)
+        return i;
+    switch (layer->geometry.mode) {
+    case FLORA_PAD_REFLECT:
+        return i < 0 ? -i : 2 * (extent - 1) - i;
+    case FLORA_PAD_REPLICATE:
+        return i < 0 ? 0 : extent - 1;
+    case FLORA_PAD_CIRCULAR:
+        return i < 0 ? i + extent : i - extent;
+    case FLORA_PAD_ZEROS:
+        break;
+    }
+    return -1;
+}
+
+static int is_padding(const flora_layer *layer, int mode, int64_t i) {
+    return i < layer->geometry.padding[mode][0] || i >= layer->geometry.padding[mode][0] + layer->in[mode];
+}
+
+/* Fills the padding of one line of h (line: an image and all spatial positions but the last) from its interior. */
+static void pad_line(const plan *p, int64_t line) {
+    const flora_layer *layer = p->layer;
+    const int last = layer->ndim - 1;
+    const size_t bytes = (size_t)(layer->groups * layer->r_in) * p->kernels->real_size;
+    int64_t to = 0, from = 0;
+    int interior = 1, zero = 0;
+    for (int mode = last - 1; mode >= 0; mode--) {
+        const int64_t i = line % layer->padded[mode], source = shown(layer, mode, i);
+        line /= layer->padded[mode];
+        interior = interior && !is_padding(layer, mode, i);
+        zero = zero || source < 0;
+        to += i * p->h_stride[mode];
+        from += (source + layer->geometry.padding[mode][0]) * p->h_stride[mode];
+    }
+    to += line * p->h_batch;
+    from += line * p->h_batch;
+    for (int64_t i = 0; i < layer->padded[last]; i++) {
+        if (interior && !is_padding(layer, last, i)) {
+            i += layer->in[last] - 1;
+            continue;
+        }
+        const int64_t source = zero ? -1 : shown(layer, last, i);
+        void *pixel = reals(p, p->h, to + i * p->h_stride[last]);
+        if (source < 0)
+            memset(pixel, 0, bytes);
+        else
+            memcpy(pixel, reals(p, p->h, from + (source + layer->geometry.padding[last][0]) * p->h_stride[last]),
+                   bytes);
+    }
+}
+
+/* The adjoint of padding for one image and group (`slice`) of dh: what the padding received goes to what it showed. */
+static void fold(const plan *p, int64_t slice) {
+    const flora_layer *layer = p->layer;
+    char *dh = reals(p, at(p, p->dh), slice * layer->padded_pixels * p->in_w);
+    int64_t outer = 1, inner = layer->padded_pixels * p->in_w;
+    for (int mode = 0; mode < layer->ndim; mode++) {
+        const int64_t extent = layer->padded[mode], before = layer->geometry.padding[mode][0];
+        inner /= extent;
+        for (int64_t i = 0; i < extent; i++) {
+            if (!is_padding(layer, mode, i))
+                continue;
+            const int64_t target = before + shown(layer, mode, i);
+            for (int64_t o = 0; o < outer; o++)
+                p->kernels->add(reals(p, dh, (o * extent + target) * inner), reals(p, dh, (o * extent + i) * inner),
+                                inner);
+        }
+        outer *= extent;
+    }
+}
+
+/* The transposed convolution ----------------------------------------------------------------------------------------
+ */
+
+/* dh (pixels [begin, end) of a line, in_w) = Σ_tap dk(at tap) · G_tap; `line` counts images, groups and all padded
+ * positions but the last. Outer taps are gathered in one product; along the last mode each tap scatters to its own
+ * pixels, which with a stride are not neighbours. */
+static void transposed_line(const plan *p, int64_t line, int64_t begin, int64_t end, int64_t *taps_dk,
+                            int64_t *taps_core) {
+    const flora_layer *layer = p->layer;
+    const flora_geometry *geometry = &layer->geometry;
+    const int last = layer->ndim - 1;
+    const int64_t stride = geometry->stride[last], core_size = layer->r_out * p->in_w;
+    char *dh = reals(p, at(p, p->dh), line * layer->padded[last] * p->in_w);
+    int64_t position[FLORA_MAX_SPATIAL], outer_taps = 1, count = 0;
+    for (int mode = last - 1; mode >= 0; mode--) {
+        position[mode] = line % layer->padded[mode];
+        line /= layer->padded[mode];
+        outer_taps *= layer->kernel[mode];
+    }
+
+    /* the outer taps that reach this line, and the lines of dk they come from */
+    for (int64_t outer = 0; outer < outer_taps; outer++) {
+        int64_t rest = outer, from = 0, lines = 1;
+        int reaches = 1;
+        for (int mode = last - 1; mode >= 0; mode--) {
+            const int64_t i = position[mode] - rest % layer->kernel[mode] * geometry->dilation[mode];
+            rest /= layer->kernel[mode];
+            reaches =
+                reaches && i >= 0 && i % geometry->stride[mode] == 0 && i / geometry->stride[mode] < layer->out[mode];
+            from += i / geometry->stride[mode] * lines;
+            lines *= layer->out[mode];
+        }
+        if (reaches) {
+            taps_dk[count] = from * layer->out[last] * p->out_w;
+            taps_core[count++] = outer * layer->kernel[last] * core_size;
+        }
+    }
+
+    memset(reals(p, dh, begin * p->in_w), 0, (size_t)((end - begin) * p->in_w) * p->kernels->real_size);
+    for (int64_t tap = 0; count > 0 && tap < layer->kernel[last]; tap++) {
+        const int64_t shift =
+            tap * geometry->dilation[last]; /* output pixel o reaches padded pixel o · stride + shift */
+        const int64_t first = shift >= begin ? 0 : (begin - shift + stride - 1) / stride;
+        const int64_t past = shift >= end ? 0 : flora_min((end - shift + stride - 1) / stride, layer->out[last]);
+        if (first >= past)
+            continue;
+        void *to = reals(p, dh, (first * stride + shift) * p->in_w);
+        multiply(p, (flora_gemm){.m = past - first,
+                                 .n = p->in_w,
+                                 .k = layer->r_out,
+                                 .a = reals(p, at(p, p->dk), (line * layer->out_pixels + first) * p->out_w),
+                                 .a_m = p->out_w,
+                                 .a_k = 1,
+                                 .b = reals(p, at(p, p->core_t), tap * core_size),
+                                 .b_k = p->in_w,
+                                 .taps = count,
+                                 .a_taps = taps_dk,
+                                 .b_taps = taps_core,
+                                 .c_in = to,
+                                 .c = to,
+                                 .c_m = stride * p->in_w});
+    }
+}
+
+/* dh's tile (pixels, in_w), interior pixels only. */
+static void load_dh(const plan *p, const tile *t, void *dh_tile) {
+    const flora_layer *layer = p->layer;
+    for (int64_t done = 0, run; done < t->pixels; done += run) {
+        const int64_t offset = flora_pixel_at(&p->dh_in, t->first + done, &run) + p->dh_interior;
+        run = flora_min(run, t->pixels - done);
+        memcpy(reals(p, dh_tile, done * p->in_w),
+               reals(p, at(p, p->dh), (t->image * layer->groups + t->group) * layer->padded_pixels * p->in_w + offset),
+               (size_t)(run * p->in_w) * p->kernels->real_size);
+    }
+}
+
+/* Tiles as tasks ----------------------------------------------------------------------------------------------------
+ */
+
+static int64_t tile_count(const plan *p, int64_t pixels) {
+    return p->layer->batch * p->layer->groups * ((pixels + p->tile - 1) / p->tile);
+}
+
+/* The tile of a task: tiles of a group, groups of an image, images. */
+static tile tile_of(const plan *p, int64_t task, int64_t pixels) {
+    const int64_t tiles = (pixels + p->tile - 1) / p->tile, slice = task / tiles, first = task % tiles * p->tile;
+    return (tile){.image = slice / p->layer->groups,
+                  .group = slice % p->layer->groups,
+                  .first = first,
+                  .pixels = flora_min(p->tile, pixels - first)};
+}
+
+static void project_x(const plan *p, const tile *t, void *room, void *h_tile) {
+    sweep(p, &p->layer->x, t, p->layer->c_in, room, h_tile, at(p, p->u_in), p->in_w, NULL, NULL, 0);
+}
+
+/* h of all images, tile by tile */
+static void project_chunk(int chunk, void *plan_) {
+    const plan *p = plan_;
+    const int64_t pixels = p->layer->in_pixels, tasks = tile_count(p, pixels);
+    void *h_tile = in_room(p, chunk, p->h_tile), *block = in_room(p, chunk, p->block);
+    for (int64_t task = flora_chunk_begin(tasks, chunk, p->chunks);
+         task < flora_chunk_begin(tasks, chunk + 1, p->chunks); task++) {
+        const tile t = tile_of(p, task, pixels);
+        project_x(p, &t, block, h_tile);
+        store_h(p, &t, h_tile);
+    }
+}
+
+static void pad_chunk(int chunk, void *plan_) {
+    const plan *p = plan_;
+    const int64_t lines = p->layer->batch * (p->layer->padded_pixels / p->layer->padded[p->layer->ndim - 1]);
+    for (int64_t line = flora_chunk_begin(lines, chunk, p->chunks);
+         line < flora_chunk_begin(lines, chunk + 1, p->chunks); line++)
+        pad_line(p, line);
+}
+
+/* The padded image h from x. */
+static void project(plan *p) {
+    flora_parallel(p->chunks, project_chunk, p);
+    if (p->layer->padded_pixels != p->layer->in_pixels)
+        flora_parallel(p->chunks, pad_chunk, p);
+}
+
+/* k from h's tile: k = h · Gᵀ, or h itself without a core */
+static const void *mix(const plan *p, const tile *t, const void *h_tile, void *k_tile) {
+    if (p->layer->core == NULL)
+        return h_tile;
+    multiply(p, (flora_gemm){.m = t->pixels,
+                             .n = p->out_w,
+                             .k = p->layer->r_in,
+                             .a = h_tile,
+                             .a_m = p->in_w,
+                             .a_k = 1,
+                             .b = at(p, p->core),
+                             .b_k = p->out_w,
+                             .c = k_tile,
+                             .c_m = p->out_w});
+    return k_tile;
+}
+
+static void forward_chunk(int chunk, void *plan_) {
+    const plan *p = plan_;
+    const flora_layer *layer = p->layer;
+    const int64_t tasks = tile_count(p, layer->out_pixels);
+    void *h_tile = in_room(p, chunk, p->h_tile), *k_tile = in_room(p, chunk, p->k_tile);
+    for (int64_t task = flora_chunk_begin(tasks, chunk, p->chunks);
+         task < flora_chunk_begin(tasks, chunk + 1, p->chunks); task++) {
+        const tile t = tile_of(p, task, layer->out_pixels);
+        const void *k = k_tile;
+        if (layer->pointwise) {
+            project_x(p, &t, in_room(p, chunk, p->block), h_tile);
+            if (p->h != NULL)
+                store_h(p, &t, h_tile);
+            k = mix(p, &t, h_tile, k_tile);
+        } else {
+            convolve(p, &t, k_tile);
+        }
+        const int64_t u = layer->y.planes ? t.group * layer->c_out * layer->r_out : t.group * layer->r_out * p->y_w;
+        expand(p, &layer->y, &t, layer->c_out, k, p->out_w, layer->r_out, reals(p, at(p, p->to_y), u), p->y_w,
+               in_room(p, chunk, p->turned));
+    }
+}
+
+/* The second half of backward for one tile of input pixels: dU_in and dx from dh. */
+static void finish_tile(const plan *p, int chunk, const tile *t, const void *dh_tile) {
+    const flora_layer *layer = p->layer;
+    if (layer->d_u_in != NULL)
+        sweep(p, &layer->x, t, layer->c_in, in_room(p, chunk, p->block), NULL, NULL, 0, in_sums(p, chunk, p->d_u_in),
+              dh_tile, p->in_w);
+    if (layer->dx.data != NULL)
+        expand(p, &layer->dx, t, layer->c_in, dh_tile, p->in_w, layer->r_in, at(p, p->to_dx), p->dx_w,
+               in_room(p, chunk, p->turned));
+}
+
+/* Output pixels: dk, dU_out and dG; for a pointwise layer also dh and all the rest. */
+static void backward_chunk(int chunk, void *plan_) {
+    const plan *p = plan_;
+    const flora_layer *layer = p->layer;
+    const int64_t tasks = tile_count(p, layer->out_pixels);
+    const int needs_k = layer->d_u_out != NULL, needs_h = needs_k || layer->d_core != NULL;
+    void *h_tile = in_room(p, chunk, p->h_tile), *k_tile = in_room(p, chunk, p->k_tile);
+    void *dh_tile = in_room(p, chunk, p->dh_tile), *block = in_room(p, chunk, p->block);
+    memset(in_sums(p, chunk, 0), 0, (size_t)p->sums_size);
+    for (int64_t task = flora_chunk_begin(tasks, chunk, p->chunks);
+         task < flora_chunk_begin(tasks, chunk + 1, p->chunks); task++) {
+        const tile t = tile_of(p, task, layer->out_pixels);
+        const void *k = k_tile;
+        void *dk = layer->pointwise
+                       ? in_room(p, chunk, p->dk_tile)
+                       : reals(p, at(p, p->dk),
+                               ((t.image * layer->groups + t.group) * layer->out_pixels + t.first) * p->out_w);
+        if (layer->pointwise && needs_h) {
+            if (p->h != NULL)
+                load_h(p, &t, h_tile);
+            else
+                project_x(p, &t, block, h_tile);
+            if (needs_k)
+                k = mix(p, &t, h_tile, k_tile);
+        } else if (needs_k) {
+            convolve(p, &t, k_tile);
+        }
+        const int64_t u = t.group * layer->c_out * p->out_w;
+        sweep(p, &layer->dy, &t, layer->c_out, block, dk, reals(p, at(p, p->u_out), u), p->out_w,
+              needs_k ? reals(p, in_sums(p, chunk, p->d_u_out), u) : NULL, k, p->out_w);
+        if (layer->d_core != NULL && !layer->pointwise)
+            core_gradient(p, &t, dk, in_sums(p, chunk, p->d_core));
+        if (!layer->pointwise)
+            continue;
+        if (layer->d_core != NULL)
+            multiply(p, (flora_gemm){.m = layer->r_in,
+                                     .n = p->out_w,
+                                     .k = t.pixels,
+                                     .a = h_tile,
+                                     .a_m = 1,
+                                     .a_k = p->in_w,
+                                     .b = dk,
+                                     .b_k = p->out_w,
+                                     .c_in = in_sums(p, chunk, p->d_core),
+                                     .c = in_sums(p, chunk, p->d_core),
+                                     .c_m = p->out_w});
+        if (layer->core != NULL)
+            multiply(p, (flora_gemm){.m = t.pixels,
+                                     .n = p->in_w,
+                                     .k = layer->r_out,
+                                     .a = dk,
+                                     .a_m = p->out_w,
+                                     .a_k = 1,
+                                     .b = at(p, p->core_t),
+                                     .b_k = p->in_w,
+                                     .c = dh_tile,
+                                     .c_m = p->in_w});
+        finish_tile(p, chunk, &t, layer->core != NULL ? dh_tile : dk);
+    }
+}
+
+static void transposed_chunk(int chunk, void *plan_) {
+    const plan *p = plan_;
+    const flora_layer *layer = p->layer;
+    const int64_t length = layer->padded[layer->ndim - 1], pieces = (length + LINE_TILE - 1) / LINE_TILE;
+    const int64_t tasks = layer->batch * layer->groups * (layer->padded_pixels / length) * pieces;
+    for (int64_t task = flora_chunk_begin(tasks, chunk, p->chunks);
+         task < flora_chunk_begin(tasks, chunk + 1, p->chunks); task++) {
+        const int64_t begin = task % pieces * LINE_TILE;
+        transposed_line(p, task / pieces, begin, flora_min(begin + LINE_TILE, length),
+                        in_room(p, chunk, p->line_taps_dk), in_room(p, chunk, p->line_taps_core));
+    }
+}
+
+static void fold_chunk(int chunk, void *plan_) {
+    const plan *p = plan_;
+    const int64_t slices = p->layer->batch * p->layer->groups;
+    for (int64_t slice = flora_chunk_begin(slices, chunk, p->chunks);
+         slice < flora_chunk_begin(slices, chunk + 1, p->chunks); slice++)
+        fold(p, slice);
+}
+
+static void finish_chunk(int chunk, void *plan_) {
+    const plan *p = plan_;
+    const int64_t pixels = p->layer->in_pixels, tasks = tile_count(p, pixels);
+    void *dh_tile = in_room(p, chunk, p->dh_tile);
+    for (int64_t task = flora_chunk_begin(tasks, chunk, p->chunks);
+         task < flora_chunk_begin(tasks, chunk + 1, p->chunks); task++) {
+        const tile t = tile_of(p, task, pixels);
+        load_dh(p, &t, dh_tile);
+        finish_tile(p, chunk, &t, dh_tile);
+    }
+}
+
+/* The sums of all chunks, rows [begin, end) of a parameter's gradient. */
+static void add_up(const plan *p, const flora_view *view, size_t sums, int64_t width, int chunk, double scale) {
+    const int64_t begin = flora_chunk_begin(view->shape[0], chunk, p->chunks);
+    const int64_t end = flora_chunk_begin(view->shape[0], chunk + 1, p->chunks);
+    if (begin < end)
+        p->kernels->sum(flora_at(view->data, begin * view->strides[0], p->kernels->real_size), view->strides[0],
+                        view->strides[1], reals(p, in_sums(p, 0, sums), begin * width), width, p->chunks,
+                        p->sums_size / (int64_t)p->kernels->real_size, end - begin, view->shape[1], scale);
+}
+
+/* The offset of a tap in a core with modes (r_out, r_in, *kernel); taps count in row-major order. */
+static int64_t core_tap(const flora_layer *layer, const flora_view *core, int64_t tap) {
+    int64_t offset = 0;
+    for (int mode = layer->ndim - 1; mode >= 0; mode--) {
+        offset += tap % layer->kernel[mode] * core->strides[2 + mode];
+        tap /= layer->kernel[mode];
+    }
+    return offset;
+}
+
+static void add_up_chunk(int chunk, void *plan_) {
+    const plan *p = plan_;
+    const flora_layer *layer = p->layer;
+    if (layer->d_u_in != NULL)
+        add_up(p, layer->d_u_in, p->d_u_in, p->in_w, chunk, 1.0);
+    if (layer->d_u_out != NULL)
+        add_up(p, layer->d_u_out, p->d_u_out, p->out_w, chunk, layer->scale);
+    if (layer->d_core == NULL || layer->d_core->data == NULL)
+        return;
+    for (int64_t tap = flora_chunk_begin(layer->taps, chunk, p->chunks);
+         tap < flora_chunk_begin(layer->taps, chunk + 1, p->chunks); tap++)
+        p->kernels->sum(flora_at(layer->d_core->data, core_tap(layer, layer->d_core, tap), p->kernels->real_size),
+                        layer->d_core->strides[1], layer->d_core->strides[0],
+                        reals(p, in_sums(p, 0, p->d_core), tap * layer->r_in * p->out_w), p->out_w, p->chunks,
+                        p->sums_size / (int64_t)p->kernels->real_size, layer->r_in, layer->r_out, 1.0);
+}
+
+/* Packing -------------------------------------------------------------------------------------------------------------
+ */
+
+/* (rows, ranks padded to width), the matrix of a projection */
+static void pack_factor(const plan *p, size_t to, const flora_view *u, int64_t width, double scale) {
+    p->kernels->pack(at(p, to), width, u->data, u->strides[0], u->strides[1], u->shape[0], u->shape[1], scale);
+}
+
+/* A factor as `expand` wants it for `field`, groups one after another: see there. */
+static void pack_expand(const plan *p, size_t to, const flora_view *u, const flora_field *field, int64_t groups,
+                        int64_t width, double scale) {
+    const int64_t channels = u->shape[0] / groups, rank = u->shape[1];
+    if (field->planes)
+        p->kernels->pack(at(p, to), rank, u->data, u->strides[0], u->strides[1], u->shape[0], rank, scale);
+    else
+        for (int64_t g = 0; g < groups; g++)
+            p->kernels->pack(reals(p, at(p, to), g * rank * width), width,
+                             flora_at(u->data, g * channels * u->strides[0], p->kernels->real_size), u->strides[1],
+                             u->strides[0], rank, channels, scale);
+}
+
+/* (taps, r_in, out_w), the core of the forward convolution */
+static void pack_core(const plan *p) {
+    const flora_layer *layer = p->layer;
+    const flora_view *core = layer->core;
+    for (int64_t tap = 0; core != NULL && tap < layer->taps; tap++)
+        p->kernels->pack(reals(p, at(p, p->core), tap * layer->r_in * p->out_w), p->out_w,
+                         flora_at(core->data, core_tap(layer, core, tap), p->kernels->real_size), core->strides[1],
+                         core->strides[0], layer->r_in, layer->r_out, 1.0);
+}
+
+/* (taps, r_out, in_w), the core of the transposed convolution */
+static void pack_core_t(const plan *p) {
+    const flora_layer *layer = p->layer;
+    const flora_view *core = layer->core;
+    for (int64_t tap = 0; core != NULL && tap < layer->taps; tap++)
+        p->kernels->pack(reals(p, at(p, p->core_t), tap * layer->r_out * p->in_w), p->in_w,
+                         flora_at(core->data, core_tap(layer, core, tap), p->kernels->real_size), core->strides[0],
+                         core->strides[1], layer->r_out, layer->r_in, 1.0);
+}
+
+/* Plans ----------------------------------------------------------------------------------------------------------- */
+
+static int64_t taps_or_none(const flora_layer *layer) {
+    return layer->core != NULL ? layer->taps : 0;
+}
+
+/* Sizes and strides that forward and backward share. `spare_h`: h is wanted although the caller has none. */
+static void plan_common(plan *p, const flora_layer *layer, int planes, int spare_h) {
+    const size_t real = layer->kernels->real_size;
+    p->layer = layer;
+    p->kernels = layer->kernels;
+    p->tile = planes ? PLANE_TILE : ROW_TILE;
+    p->in_w = flora_round_up(layer->r_in, p->kernels->lanes);
+    p->out_w = flora_round_up(layer->r_out, p->kernels->lanes);
+    p->y_w = flora_round_up(layer->c_out, p->kernels->lanes);
+    p->dx_w = flora_round_up(layer->c_in, p->kernels->lanes);
+
+    /* h's own layout, or the caller's */
+    int64_t pixel = layer->groups * layer->r_in, stride[FLORA_MAX_SPATIAL];
+    p->h_channel = 1;
+    for (int mode = layer->ndim - 1; mode >= 0; mode--) {
+        p->h_stride[mode] = pixel;
+        pixel *= layer->padded[mode];
+    }
+    p->h_batch = pixel;
+    if (layer->h != NULL && layer->ndim == 0) {
+        p->h_channel = layer->h->strides[1];
+        p->h_in = flora_pixels_of(1, layer->h->shape, layer->h->strides);
+    } else if (layer->h != NULL) {
+        p->h_channel = layer->h->strides[layer->ndim + 1];
+        p->h_batch = layer->h->strides[0];
+        memcpy(p->h_stride, layer->h->strides + 1, sizeof p->h_stride);
+    } else if (spare_h) {
+        p->owns_h = 1;
+        p->h_scratch =
+            flora_reserve(&p->scratch, layer->batch, layer->padded_pixels, layer->groups * layer->r_in, real);
+    }
+    if (layer->ndim > 0) {
+        p->h_in = flora_pixels_of(layer->ndim, layer->in, p->h_stride);
+        p->h_interior = p->dh_interior = 0;
+        int64_t dh_stride[FLORA_MAX_SPATIAL], size = p->in_w;
+        for (int mode = layer->ndim - 1; mode >= 0; mode--) {
+            dh_stride[mode] = size;
+            size *= layer->padded[mode];
+            stride[mode] = p->h_stride[mode] * layer->geometry.stride[mode];
+            p->h_interior += layer->geometry.padding[mode][0] * p->h_stride[mode];
+            p->dh_interior += layer->geometry.padding[mode][0] * dh_stride[mode];
+        }
+        p->h_out = flora_pixels_of(layer->ndim, layer->out, stride);
+        p->dh_in = flora_pixels_of(layer->ndim, layer->in, dh_stride);
+    }
+    p->core = flora_reserve(&p->scratch, taps_or_none(layer), layer->r_in, p->out_w, real);
+    p->taps_a = flora_reserve(&p->scratch, layer->taps, 1, 1, sizeof(int64_t));
+    p->taps_core = flora_reserve(&p->scratch, layer->taps, 1, 1, sizeof(int64_t));
+}
+
+/* The tiles that every chunk has for itself. */
+static void plan_rooms(plan *p, int64_t line_taps) {
+    const size_t real = p->kernels->real_size;
+    flora_scratch room = {.size = 0};
+    p->h_tile = flora_reserve(&room, p->tile, p->in_w, 1, real);
+    p->k_tile = flora_reserve(&room, p->tile, p->out_w, 1, real);
+    p->dk_tile = flora_reserve(&room, p->tile, p->out_w, 1, real);
+    p->dh_tile = flora_reserve(&room, p->tile, p->in_w, 1, real);
+    p->turned = flora_reserve(&room, p->tile, flora_max(p->in_w, p->out_w), 1, real);
+    p->block = flora_reserve(&room, p->tile, BLOCK, 1, real);
+    p->line_taps_dk = flora_reserve(&room, line_taps, 1, 1, sizeof(int64_t));
+    p->line_taps_core = flora_reserve(&room, line_taps, 1, 1, sizeof(int64_t));
+    p->room_size = (int64_t)room.size;
+    p->rooms = flora_reserve(&p->scratch, p->chunks, p->room_size, 1, 1);
+    p->scratch.overflow |= room.overflow;
+}
+
+/* Where the taps are, once scratch exists. */
+static void place_taps(plan *p) {
+    const flora_layer *layer = p->layer;
+    int64_t *taps = at(p, p->taps_a), *core = at(p, p->taps_core);
+    for (int64_t tap = 0; tap < layer->taps; tap++) {
+        int64_t rest = tap, offset = 0;
+        for (int mode = layer->ndim - 1; mode >= 0; mode--) {
+            offset += rest % layer->kernel[mode] * layer->geometry.dilation[mode] * p->h_stride[mode];
+            rest /= layer->kernel[mode];
+        }
+        taps[tap] = offset;
+        core[tap] = tap * layer->r_in * p->out_w;
+    }
+    p->h = layer->h != NULL ? layer->h->data : p->owns_h ? at(p, p->h_scratch) : NULL;
+}
+
+/* Multiplications of one pass over all pixels, of the whole layer. */
+static double cost(const flora_layer *layer) {
+    const double in = (double)layer->in_pixels * (double)layer->c_in * (double)layer->r_in;
+    const double out = (double)layer->out_pixels * (double)layer->r_out;
+    const double slices = (double)layer->batch * (double)layer->groups;
+    return 2 * slices * (in + out * ((double)layer->c_out + (double)taps_or_none(layer) * (double)layer->r_in));
+}
+
+flora_status flora_layer_forward(const flora_layer *layer, char *error) {
+    plan p = {.chunks = 1};
+    if (layer->batch == 0 || layer->r_in == 0)
+        return FLORA_OK;
+    const size_t real = layer->kernels->real_size;
+    plan_common(&p, layer, layer->y.planes, !layer->pointwise);
+    p.chunks =
+        flora_chunks(flora_max(tile_count(&p, layer->in_pixels), tile_count(&p, layer->out_pixels)), cost(layer));
+    plan_rooms(&p, 0);
+    p.u_in = flora_reserve(&p.scratch, layer->c_in, p.in_w, 1, real);
+    p.to_y = flora_reserve(&p.scratch, layer->groups, layer->r_out, p.y_w, real);
+    flora_status status = flora_allocate(&p.scratch, error);
+    if (status != FLORA_OK)
+        return status;
+
+    place_taps(&p);
+    pack_factor(&p, p.u_in, layer->u_in, p.in_w, 1.0);
+    pack_core(&p);
+    pack_expand(&p, p.to_y, layer->u_out, &layer->y, layer->groups, p.y_w, layer->scale);
+    if (!layer->pointwise)
+        project(&p);
+    flora_parallel(p.chunks, forward_chunk, &p);
+    flora_release(&p.scratch);
+    return FLORA_OK;
+}
+
+flora_status flora_layer_backward(const flora_layer *layer, char *error) {
+    plan p = {.chunks = 1};
+    const size_t real = layer->kernels->real_size;
+    const int needs_h = layer->d_u_out != NULL || layer->d_core != NULL;
+    const int needs_dh = layer->d_u_in != NULL || layer->dx.data != NULL;
+    const int empty = layer->batch == 0 || layer->r_in == 0 || layer->r_out == 0; /* all gradients are zero */
+    const int projects = needs_h && layer->h == NULL && !empty;
+    flora_scratch sums = {.size = 0};
+    plan_common(&p, layer, layer->dx.planes, projects && !layer->pointwise);
+    p.chunks =
+        flora_chunks(flora_max(tile_count(&p, layer->in_pixels), tile_count(&p, layer->out_pixels)), 2 * cost(layer));
+    plan_rooms(&p, needs_dh && !layer->pointwise ? layer->taps : 0);
+    p.u_out = flora_reserve(&p.scratch, layer->groups * layer->c_out, p.out_w, 1, real);
+    p.core_t = flora_reserve(&p.scratch, taps_or_none(layer), layer->r_out, p.in_w, real);
+    if (projects)
+        p.u_in = flora_reserve(&p.scratch, layer->c_in, p.in_w, 1, real);
+    if (layer->dx.data != NULL)
+        p.to_dx = flora_reserve(&p.scratch, layer->r_in, p.dx_w, 1, real);
+    if (!layer->pointwise)
+        p.dk = flora_reserve(&p.scratch, layer->batch * layer->groups, layer->out_pixels, p.out_w, real);
+    if (!layer->pointwise && needs_dh)
+        p.dh = flora_reserve(&p.scratch, layer->batch * layer->groups, layer->padded_pixels, p.in_w, real);
+    p.d_u_in = flora_reserve(&sums, layer->d_u_in != NULL ? layer->c_in : 0, p.in_w, 1, real);
+    p.d_core = flora_reserve(&sums, layer->d_core != NULL ? layer->taps : 0, layer->r_in, p.out_w, real);
+    p.d_u_out = flora_reserve(&sums, layer->d_u_out != NULL ? layer->groups * layer->c_out : 0, p.out_w, 1, real);
+    p.sums_size = (int64_t)sums.size;
+    p.sums = flora_reserve(&p.scratch, p.chunks, p.sums_size, 1, 1);
+    p.scratch.overflow |= sums.overflow;
+    flora_status status = flora_allocate(&p.scratch, error);
+    if (status != FLORA_OK)
+        return status;
+
+    place_taps(&p);
+    pack_factor(&p, p.u_out, layer->u_out, p.out_w, layer->scale);
+    pack_core(&p);
+    pack_core_t(&p);
+    if (projects)
+        pack_factor(&p, p.u_in, layer->u_in, p.in_w, 1.0);
+    if (layer->dx.data != NULL)
+        pack_expand(&p, p.to_dx, layer->u_in, &layer->dx, 1, p.dx_w, 1.0);
+    if (projects && !layer->pointwise)
+        project(&p);
+    if (empty)
+        p.chunks = 1, memset(in_sums(&p, 0, 0), 0, (size_t)p.sums_size);
+    else
+        flora_parallel(p.chunks, backward_chunk, &p);
+    if (!empty && !layer->pointwise && needs_dh) {
+        flora_parallel(p.chunks, transposed_chunk, &p);
+        if (layer->geometry.mode != FLORA_PAD_ZEROS && layer->padded_pixels != layer->in_pixels)
+            flora_parallel(p.chunks, fold_chunk, &p);
+        flora_parallel(p.chunks, finish_chunk, &p);
+    }
+    flora_parallel(p.chunks, add_up_chunk, &p);
+    flora_release(&p.scratch);
+    return FLORA_OK;
+}
