@@ -1,0 +1,473 @@
+"""Every function of `flora._core` beside its twin in `flora.reference`, which runs in float64 on the same numbers.
+
+A case is drawn by the builder of its function: shapes, layouts in memory, which arguments are None, geometry. Outputs
+lie inside larger buffers of a guard value. The error allowed to an element is `TOLERANCE` times the sum of the
+magnitudes of its terms, which is what the twin gives for the absolute values of all arguments.
+"""
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TOLERANCE
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flora import _core, reference
+from flora.functional import compute_dtype
+
+NAMES = {name: tuple(inspect.signature(f).parameters) for name, f in vars(reference).items() if name[:7] == "tucker_"}
+GUARD = 7.25
+DIMS = st.sampled_from((0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65))  # around the widths of vectors
+RANKS = DIMS.filter(bool)
+SMALL = st.integers(1, 3)
+
+# Cases ---------------------------------------------------------------------------------------------------------------
+
+
+class Case:
+    """The arguments of one call by name, in the twin's order, and the memory around its outputs."""
+
+    def __init__(self, function, dtype, draw=None, seed=0):
+        self.function, self.dtype, self.real = function, dtype, compute_dtype(dtype)
+        self.draw = draw
+        self.random = torch.Generator().manual_seed(draw(st.integers(0, 2**32)) if draw else seed)
+        self.arguments = {}
+        self.outputs = {}  # name: (the view, the buffer around it, which elements of that are the view's)
+
+    def flip(self):
+        return self.draw(st.booleans()) if self.draw else True
+
+    def normal(self, *shape, dtype):
+        return (torch.randn(*shape, generator=self.random, dtype=torch.float64) / 2).to(dtype)
+
+    def view(self, shape, dtype, kinds):
+        """Uninitialised memory and a view of that shape into it."""
+        kind = self.draw(st.sampled_from(kinds)) if self.draw else kinds[0]
+        if kind == "overlapping":
+            buffer = torch.empty(sum(n - 1 for n in shape if n) + 1, dtype=dtype)
+            return buffer, buffer.as_strided(shape, [1] * len(shape))
+        offset = self.draw(st.integers(1, 5)) if kind == "offset" else 0
+        order = self.draw(st.permutations(range(len(shape)))) if kind == "permuted" else range(len(shape))
+        steps = [self.draw(SMALL) if kind == "gaps" else 1 for _ in shape]
+        stored = [1 if kind == "expanded" and self.flip() else n * k for n, k in zip(shape, steps, strict=True)]
+        buffer = torch.empty(offset + math.prod(stored) + 3, dtype=dtype)
+        view = buffer[offset : offset + math.prod(stored)].view([stored[i] for i in order])
+        view = view.permute([list(order).index(i) for i in range(len(shape))])
+        return buffer, view[tuple(slice(None, None, k) for k in steps)].expand(shape)
+
+    def scale(self):
+        return self.draw(st.sampled_from((1.0, -0.5, 2.0, 0.0))) if self.draw else 0.75
+
+    def input(self, *shape, dtype=None):
+        kinds = ("contiguous", "offset", "permuted", "gaps", "expanded", "overlapping")
+        buffer, view = self.view(shape, dtype or self.real, kinds)
+        buffer.copy_(self.normal(buffer.numel(), dtype=buffer.dtype))
+        return view
+
+    def output(self, name, *shape, dtype=None, update=False):
+        """Holds numbers that the function adds to, or NaN that it has to overwrite."""
+        buffer, view = self.view(shape, dtype or self.real, ("contiguous", "offset", "permuted", "gaps"))
+        buffer.fill_(GUARD)
+        view.copy_(self.normal(*shape, dtype=buffer.dtype) if update else torch.full(shape, math.nan))
+        inside = torch.zeros_like(buffer, dtype=torch.bool)
+        inside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
+        self.outputs[name] = view, buffer, inside
+        return view
+
+    def call(self, implementation, change=lambda tensor: tensor):
+        """Calls with every tensor changed; gives the outputs, which are copies if ``change`` copies."""
+
+        def changed(value):
+            if isinstance(value, Tensor):
+                return change(value)
+            return [changed(item) for item in value] if isinstance(value, list) else value
+
+        arguments = {name: changed(value) for name, value in self.arguments.items()}
+        getattr(implementation, self.function)(*(arguments[name] for name in NAMES[self.function]))
+        found = {}
+        for name in self.outputs:
+            base, _, index = name.partition("/")
+            found[name] = arguments[base][int(index)] if index else arguments[base]
+        return found
+
+    def expect(self):
+        """The exact outputs and the sums of the magnitudes of their terms, in float64."""
+        exact = self.call(reference, lambda t: t.double().clone(memory_format=torch.contiguous_format))
+        scale = self.arguments["scale"]
+        self.arguments["scale"] = abs(scale)
+        magnitude = self.call(reference, lambda t: t.double().abs().clone(memory_format=torch.contiguous_format))
+        self.arguments["scale"] = scale
+        return exact, magnitude
+
+    def check(self):
+        """Runs the C function and compares every output, and that nothing around one was written."""
+        exact, magnitude = self.expect()
+        before = {name: buffer.clone() for name, (_, buffer, _) in self.outputs.items()}
+        try:
+            found = self.call(_core)
+        except ValueError as error:  # a layout that no body writes
+            if "stride" not in str(error):
+                raise
+            assert any(view.stride() != torch.empty(view.shape).stride() for view, _, _ in self.outputs.values())
+            for name, (_, buffer, _) in self.outputs.items():
+                assert same_bits(buffer, before[name])
+            return
+        for name, (_, buffer, inside) in self.outputs.items():
+            assert (buffer[~inside] == GUARD).all(), f"{name}: written outside"
+            assert_close(name, found[name], exact[name], magnitude[name])
+
+
+def assert_close(name, found, exact, magnitude):
+    allowed = TOLERANCE[found.dtype] * magnitude + torch.finfo(found.dtype).smallest_normal
+    error = (found.double() - exact).abs()
+    assert (error <= allowed).all(), f"{name}: error {float((error / allowed).max())} times the tolerance"
+
+
+def same_bits(a, b):
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def linear(case, rows, d_in, d_out, r_in, r_out):
+    a = case.arguments
+    a["x"] = case.input(rows, d_in, dtype=case.dtype)
+    a["u_in"] = case.input(d_in, r_in)
+    a["core"] = case.input(r_out, r_in) if r_in != r_out or case.flip() else None
+    a["u_out"] = case.input(d_out, r_out)
+    a["scale"] = case.scale()
+
+
+def linear_sizes(case):
+    rows, d_in, d_out, r_in = (case.draw(sizes) for sizes in (DIMS, DIMS, DIMS, RANKS))
+    return rows, d_in, d_out, r_in, case.draw(st.just(r_in) | RANKS)
+
+
+def linear_forward(case, *sizes):
+    rows, d_in, d_out, r_in, r_out = sizes or linear_sizes(case)
+    linear(case, rows, d_in, d_out, r_in, r_out)
+    case.arguments["y"] = case.output("y", rows, d_out, dtype=case.dtype, update=True)
+    case.arguments["h"] = case.output("h", rows, r_in) if case.flip() else None
+
+
+def linear_backward(case, *sizes):
+    rows, d_in, d_out, r_in, r_out = sizes or linear_sizes(case)
+    linear(case, rows, d_in, d_out, r_in, r_out)
+    a = case.arguments
+    a["dy"] = case.input(rows, d_out, dtype=case.dtype)
+    gradients(case, a["x"].double() @ a["u_in"].double())
+
+
+def gradients(case, h):
+    """Any subset of the outputs of a backward function; h or not, and no x where it may be left out."""
+    a = case.arguments
+    a["dx"] = case.output("dx", *a["x"].shape, dtype=case.dtype, update=True) if case.flip() else None
+    for name in ("u_in", "core", "u_out"):
+        wanted = a[name] is not None and case.flip()
+        a[f"d_{name}"] = case.output(f"d_{name}", *a[name].shape) if wanted else None
+    a["h"] = h.to(case.real) if case.flip() else None
+    if a["d_u_in"] is None and a["h"] is not None and case.flip():
+        a["x"] = None
+
+
+def convolution(case, sizes):
+    """Everything but y, dy and h; gives the shape of y."""
+    a = case.arguments
+    if sizes:
+        batch, groups, c_in, c_out, r_in, r_out, kernel, stride, padding, dilation, mode, extents = sizes
+    else:
+        n = case.draw(SMALL)
+        batch, groups = case.draw(st.integers(0, 3)), case.draw(st.sampled_from((1, 1, 2, 3)))
+        channels = st.sampled_from((1, 2, 3, 5, 8, 17, 33)) if n < 3 else SMALL
+        c_in, c_out, r_in, r_out = (case.draw(channels) for _ in range(4))
+        kernel, stride, dilation = (case.draw(st.tuples(*[SMALL] * n)) for _ in range(3))
+        padding = case.draw(st.tuples(*[st.integers(0, 2)] * (2 * n)))
+        mode = case.draw(st.sampled_from(tuple(reference.PADDING_MODES)))
+        extents = []
+        for k, d, before, after in zip(kernel, dilation, padding[::2], padding[1::2], strict=True):
+            least = {"reflect": 1 + max(before, after), "circular": max(before, after)}.get(mode, 1)
+            extents.append(case.draw(st.integers(0, 6)) + max(1, least, d * (k - 1) + 1 - before - after))
+    a["x"] = case.input(batch, groups * c_in, *extents, dtype=case.dtype)
+    a["u_in"] = case.input(c_in, r_in)
+    a["core"] = case.input(r_out, r_in, *kernel)
+    a["u_out"] = case.input(groups * c_out, r_out)
+    a |= {"scale": case.scale(), "stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    a["padding_mode"] = mode
+    geometry = zip(extents, kernel, stride, dilation, padding[::2], padding[1::2], strict=True)
+    return batch, groups * c_out, *((m + p + q - d * (k - 1) - 1) // s + 1 for m, k, s, d, p, q in geometry)
+
+
+def conv_h(case):
+    a = case.arguments
+    projected = reference.conv_project(a["x"].double(), a["u_in"].double(), a["groups"])
+    return reference.pad_input(projected, a["padding"], a["padding_mode"]).movedim(1, -1)
+
+
+def conv_forward(case, *sizes):
+    shape = convolution(case, sizes)
+    case.arguments["y"] = case.output("y", *shape, dtype=case.dtype, update=True)
+    case.arguments["h"] = case.output("h", *conv_h(case).shape) if case.flip() else None
+
+
+def conv_backward(case, *sizes):
+    shape = convolution(case, sizes)
+    case.arguments["dy"] = case.input(*shape, dtype=case.dtype)
+    gradients(case, conv_h(case))
+
+
+def tucker(case, dims):
+    """A core and its factors; order 1 to 5."""
+    a = case.arguments
+    if not dims:
+        order = case.draw(st.integers(1, 5))
+        dims = case.draw(st.tuples(*[DIMS if order <= 2 else st.integers(0, 9 if order == 3 else 4)] * order))
+        ranks = case.draw(st.tuples(*[RANKS if order <= 2 else SMALL] * order))
+        dense = [case.flip() for _ in dims]
+    else:
+        ranks, dense = [max(1, d // 2) for d in dims], [True] * len(dims)
+    a["factors"] = [case.input(d, r) if use else None for d, r, use in zip(dims, ranks, dense, strict=True)]
+    a["core"] = case.input(*(r if use else d for d, r, use in zip(dims, ranks, dense, strict=True)))
+    a["scale"] = case.scale()
+    return dims
+
+
+def reconstruct(case, *dims):
+    dims = tucker(case, dims)
+    same = case.draw is not None and case.flip()
+    out = case.output("out", *dims, dtype=case.dtype, update=same)
+    case.arguments["out"] = out
+    if same:
+        case.arguments["weight"] = out
+    else:
+        case.arguments["weight"] = case.input(*dims, dtype=case.dtype) if case.flip() else None
+
+
+def reconstruct_backward(case, *dims):
+    dims = tucker(case, dims)
+    a = case.arguments
+    a["d_weight"] = case.input(*dims, dtype=case.dtype)
+    a["d_core"] = case.output("d_core", *a["core"].shape) if case.flip() else None
+    a["d_factors"] = [
+        case.output(f"d_factors/{m}", *factor.shape) if factor is not None and case.flip() else None
+        for m, factor in enumerate(a["factors"])
+    ]
+
+
+BUILDERS = {
+    "tucker_linear_forward": linear_forward,
+    "tucker_linear_backward": linear_backward,
+    "tucker_conv_forward": conv_forward,
+    "tucker_conv_backward": conv_backward,
+    "tucker_reconstruct": reconstruct,
+    "tucker_reconstruct_backward": reconstruct_backward,
+}
+
+# Large enough that every function uses more than one thread; odd sizes leave remainders everywhere.
+LARGE_CONV = (3, 1, 37, 41, 9, 11, (3, 3), (1, 2), (1, 0, 1, 2), (1, 1), "zeros", (33, 47))
+LARGE_GROUPS = (2, 3, 19, 21, 8, 6, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), "reflect", (41, 37))
+LARGE = [
+    *(("tucker_linear_forward", sizes) for sizes in ((2051, 67, 93, 16, 16), (517, 129, 301, 7, 21))),
+    *(("tucker_linear_backward", sizes) for sizes in ((2051, 67, 93, 16, 16), (517, 129, 301, 7, 21))),
+    *(("tucker_conv_forward", sizes) for sizes in (LARGE_CONV, LARGE_GROUPS)),
+    *(("tucker_conv_backward", sizes) for sizes in (LARGE_CONV, LARGE_GROUPS)),
+    *(("tucker_reconstruct", dims) for dims in ((517, 301), (131, 77, 3, 5))),
+    *(("tucker_reconstruct_backward", dims) for dims in ((517, 301), (131, 77, 3, 5))),
+]
+SUMS_OVER_ROWS = ("d_u_in", "d_core", "d_u_out", "d_factors")
+
+# Tests ---------------------------------------------------------------------------------------------------------------
+
+
+def test_registry():
+    functions = {name for name in dir(_core) if name.startswith("tucker_")}
+    assert functions == set(BUILDERS) == set(NAMES)
+
+
+@pytest.mark.parametrize("function", BUILDERS)
+@given(data=st.data())
+def test_any_case(isa, dtype, function, data):
+    case = Case(function, dtype, data.draw)
+    BUILDERS[function](case)
+    case.check()
+
+
+@pytest.mark.parametrize(("function", "sizes"), LARGE)
+def test_large_case(isa, threads, dtype, function, sizes):
+    case = Case(function, dtype)
+    BUILDERS[function](case, *sizes)
+    case.check()
+
+
+def results(function, dtype, sizes):
+    case = Case(function, dtype)
+    BUILDERS[function](case, *sizes)
+    return case.call(_core)
+
+
+@pytest.mark.parametrize(("function", "sizes"), LARGE)
+def test_repeatable(isa, threads, function, sizes):
+    first = results(function, torch.float32, sizes)
+    for _ in range(4):
+        again = results(function, torch.float32, sizes)
+        assert all(same_bits(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize(("function", "sizes"), LARGE)
+def test_threads_change_only_sums_over_rows(isa, dtype, function, sizes):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = results(function, dtype, sizes)
+        torch.set_num_threads(2)
+        two = results(function, dtype, sizes)
+    finally:
+        torch.set_num_threads(before)
+    for name in one:
+        if name.partition("/")[0] not in SUMS_OVER_ROWS:
+            assert same_bits(one[name], two[name]), name
+
+
+@pytest.mark.parametrize("numpy_dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("function", BUILDERS)
+def test_numpy_arrays_give_the_same_bits(isa, function, numpy_dtype):
+    dtype = torch.from_numpy(np.empty(0, numpy_dtype)).dtype
+    sizes = next(sizes for name, sizes in LARGE if name == function)
+    case = Case(function, dtype)
+    BUILDERS[function](case, *sizes)
+    tensors = case.call(_core, lambda tensor: tensor.clone())
+    arrays = case.call(_core, lambda tensor: tensor.clone().numpy())
+    assert all(same_bits(tensors[name], torch.from_numpy(arrays[name])) for name in tensors)
+
+
+@given(data=st.data())
+def test_negative_strides(isa, data):
+    """Only NumPy has them."""
+    case = Case("tucker_linear_backward", torch.float64, data.draw)
+    linear_backward(case)
+    outputs = [view for view, _, _ in case.outputs.values()]
+
+    def turned(tensor):
+        if any(tensor is view for view in outputs):
+            return tensor.clone(memory_format=torch.contiguous_format).numpy()
+        axes = tuple(range(tensor.ndim))
+        return np.flip(np.flip(tensor.numpy(), axes).copy(), axes)
+
+    exact, magnitude = case.expect()
+    for name, array in case.call(_core, turned).items():
+        assert_close(name, torch.from_numpy(array), exact[name], magnitude[name])
+
+
+def test_nan_and_infinity_stay(isa, dtype):
+    case = Case("tucker_linear_forward", dtype)
+    linear_forward(case, 5, 33, 17, 3, 4)
+    case.arguments["x"][1, 7] = math.nan
+    case.arguments["y"][3, 2] = math.inf
+    y = case.call(_core)["y"]
+    assert y[1].isnan().all()
+    assert y[3, 2] == math.inf
+    assert y[[0, 2, 4]].isfinite().all()
+
+
+def half_linear(x, u_in, core, u_out, scale):
+    """LoRA's two layers with the core between them, every product rounded to the 16-bit type."""
+    return F.linear(F.linear(F.linear(x, u_in.mT), core), u_out) * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_linear_beats_pytorch_in_16_bits(isa, dtype):
+    case = Case("tucker_linear_forward", dtype)
+    linear_forward(case, 301, 129, 93, 8, 12)
+    a = case.arguments
+    for name in ("u_in", "core", "u_out"):
+        a[name] = a[name].to(dtype).float()  # numbers that PyTorch's layers can hold too
+    factors = [a[name] for name in ("u_in", "core", "u_out")]
+    exact = a["y"].double() + half_linear(a["x"].double(), *(f.double() for f in factors), a["scale"])
+    theirs = a["y"] + half_linear(a["x"], *(f.to(dtype) for f in factors), a["scale"])
+    ours = case.call(_core)["y"]
+    assert (ours.double() - exact).abs().max() <= 2 * (theirs.double() - exact).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_convolution_beats_pytorch_in_16_bits(isa, dtype):
+    case = Case("tucker_conv_forward", dtype)
+    conv_forward(case, 2, 1, 33, 17, 8, 5, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), "zeros", (13, 11))
+    a = case.arguments
+    for name in ("u_in", "core", "u_out"):
+        a[name] = a[name].to(dtype).float()
+
+    def composed(x, u_in, core, u_out):
+        h = F.conv2d(x, u_in.mT[:, :, None, None])
+        return F.conv2d(F.conv2d(h, core, padding=1), u_out[:, :, None, None]) * a["scale"]
+
+    factors = [a[name] for name in ("u_in", "core", "u_out")]
+    exact = a["y"].double() + composed(a["x"].double(), *(f.double() for f in factors))
+    theirs = a["y"] + composed(a["x"], *(f.to(dtype) for f in factors))
+    ours = case.call(_core)["y"]
+    assert (ours.double() - exact).abs().max() <= 2 * (theirs.double() - exact).abs().max()
+
+
+# Each line: a function, the argument that is wrong, its value given the arguments, the error.
+BAD = [
+    ("tucker_linear_forward", "x", lambda a: a["x"][:, 1:], ValueError, r"x must have shape \(5, 4\), not \(5, 3\)"),
+    ("tucker_linear_forward", "x", lambda a: a["x"][0], ValueError, "x must have 2 dimensions"),
+    ("tucker_linear_forward", "x", lambda a: a["x"].double(), TypeError, "float64"),
+    ("tucker_linear_forward", "u_in", lambda a: a["u_in"].bfloat16(), TypeError, "u_in must be float32, not bfloat16"),
+    ("tucker_linear_forward", "core", lambda a: a["core"].mT, ValueError, "core must have shape"),
+    ("tucker_linear_forward", "core", lambda a: None, ValueError, "core|u_out"),
+    ("tucker_linear_forward", "h", lambda a: a["h"][1:], ValueError, "h must have shape"),
+    ("tucker_linear_forward", "scale", lambda a: math.nan, ValueError, "scale"),
+    ("tucker_linear_backward", "d_core", lambda a: a["d_core"].mT, ValueError, "d_core must have shape"),
+    ("tucker_linear_backward", "x", lambda a: None, ValueError, "x"),
+    ("tucker_linear_backward", "dy", lambda a: a["dy"][:, 1:], ValueError, "dy|u_out"),
+    ("tucker_conv_forward", "stride", lambda a: (1, 0), ValueError, "stride"),
+    ("tucker_conv_forward", "dilation", lambda a: (0, 1), ValueError, "dilation"),
+    ("tucker_conv_forward", "dilation", lambda a: (400, 1), ValueError, "kernel|output"),
+    ("tucker_conv_forward", "padding", lambda a: (0, -1, 0, 0), ValueError, "padding"),
+    ("tucker_conv_forward", "stride", lambda a: (1, 1, 1), ValueError, "stride, padding and dilation"),
+    ("tucker_conv_forward", "stride", lambda a: (1, 1, 1, 1), ValueError, "stride has 4 entries"),
+    ("tucker_conv_forward", "padding", lambda a: (0, 0), ValueError, "stride, padding and dilation"),
+    ("tucker_conv_forward", "groups", lambda a: 2, ValueError, "groups"),
+    ("tucker_conv_forward", "groups", lambda a: 0, ValueError, "groups"),
+    ("tucker_conv_forward", "groups", lambda a: 2**70, ValueError, "groups 1180591620717411303424 is too large"),
+    ("tucker_conv_forward", "groups", lambda a: "1", TypeError, "groups must be an int, not '1'"),
+    ("tucker_conv_forward", "stride", lambda a: (1, 1.0), TypeError, "stride must be an int, not 1.0"),
+    ("tucker_conv_forward", "stride", lambda a: 1, TypeError, "stride is 1, not a sequence"),
+    ("tucker_conv_forward", "padding_mode", lambda a: "same", ValueError, "padding_mode 'same'"),
+    ("tucker_conv_forward", "padding_mode", lambda a: 0, TypeError, "padding_mode must be a str, not 0"),
+    ("tucker_conv_forward", "scale", lambda a: "1", TypeError, "scale must be a float, not '1'"),
+    ("tucker_conv_forward", "y", lambda a: a["y"][:, :, 1:], ValueError, "y must have shape"),
+    ("tucker_conv_backward", "d_u_out", lambda a: a["d_u_out"][1:], ValueError, "d_u_out must have shape"),
+    ("tucker_conv_backward", "x", lambda a: a["x"][..., 0], ValueError, "x must have 4 dimensions"),
+    ("tucker_reconstruct", "factors", lambda a: a["factors"][:1], ValueError, "factors|core"),
+    ("tucker_reconstruct", "factors", lambda a: a["factors"] * 3, ValueError, "factors has 6 entries, at most 5"),
+    ("tucker_reconstruct", "factors", lambda a: a["factors"][::-1], ValueError, r"factors\[0\] must have"),
+    ("tucker_reconstruct", "factors", lambda a: None, TypeError, "factors is None, not a sequence"),
+    ("tucker_reconstruct", "factors", lambda a: ["u", "v"], TypeError, r"factors\[0\] is str"),
+    ("tucker_reconstruct", "weight", lambda a: a["weight"].bfloat16(), TypeError, "weight must be float32"),
+    ("tucker_reconstruct", "weight", lambda a: a["weight"].mT, ValueError, "weight must have shape"),
+    ("tucker_reconstruct_backward", "d_factors", lambda a: a["d_factors"][:1], ValueError, "d_factors has 1 entries"),
+    ("tucker_reconstruct_backward", "d_core", lambda a: a["d_core"][1:], ValueError, "d_core must have shape"),
+]
+BAD_SIZES = {
+    "linear": (5, 4, 3, 2, 3),
+    "conv": (2, 1, 5, 3, 2, 3, (3, 3), (1, 1), (0, 0, 0, 0), (1, 1), "zeros", (6, 7)),
+    "reconstruct": (7, 9),
+}
+
+
+@pytest.mark.parametrize(("function", "name", "wrong", "error", "match"), BAD)
+def test_bad_arguments_are_named_and_nothing_is_written(function, name, wrong, error, match):
+    case = Case(function, torch.float32)
+    BUILDERS[function](case, *BAD_SIZES[function.split("_")[1]])
+    if (function, name) == ("tucker_linear_backward", "x"):
+        case.arguments["h"] = None
+    case.arguments[name] = wrong(case.arguments)
+    before = {name: buffer.clone() for name, (_, buffer, _) in case.outputs.items()}
+    with pytest.raises(error, match=f"^{function}: .*({match})"):
+        getattr(_core, function)(
+            *(case.arguments[n] for n in inspect.signature(getattr(reference, function)).parameters)
+        )
+    assert all(same_bits(buffer, before[name]) for name, (_, buffer, _) in case.outputs.items())
