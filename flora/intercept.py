@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from flora.functional import ADDMM, LINEAR, ConvOp, Op, same_padding
+from flora.ops import ADDMM, LINEAR, ConvOp, Op, same_padding
 
 StockCall = Callable[[Op, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -32,7 +32,17 @@ _CONVOLUTIONS: dict[Any, int] = {
 
 _METADATA = {
     *("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "layout", "is_cuda", "is_cpu", "is_meta"),
-    *("size", "dim", "stride", "numel", "is_floating_point", "element_size", "is_contiguous", "get_device", "ndimension"),
+    *(
+        "size",
+        "dim",
+        "stride",
+        "numel",
+        "is_floating_point",
+        "element_size",
+        "is_contiguous",
+        "get_device",
+        "ndimension",
+    ),
     *("is_complex", "is_quantized", "is_sparse", "is_mkldnn", "grad_fn", "is_inference", "names", "is_nested"),
 }
 """What may be asked of a weight without its values."""
@@ -105,7 +115,9 @@ class Intercept(TorchFunctionMode):
             return lambda: self.stock(op, x, weight, bias)
         if func is F.embedding:
             ids, weight, *rest = _bound(
-                ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"), args, kwargs
+                ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+                args,
+                kwargs,
             )
             return (lambda: self.embedding(ids, weight, rest[0])) if self._matches(weight) else None
         return None

@@ -5,12 +5,14 @@ Nothing here computes. `kind_of` is the one place that decides; a layer that it 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from flora.functional import ADDMM, LINEAR, ConvOp, Op, same_padding
+from flora.ops import ADDMM, LINEAR, ConvOp, Op, same_padding
 
 
 class Kind:
@@ -67,7 +69,7 @@ class TransposedLinearKind(Kind):
     """transformers' Conv1D: a linear layer with its weight as (in, out)."""
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
-        return tuple(reversed(module.weight.shape))  # type: ignore[union-attr, arg-type]
+        return tuple(reversed(module.weight.shape))  # type: ignore[arg-type]
 
     def turned(self, weight: Tensor) -> Tensor:
         return weight.mT
@@ -80,10 +82,11 @@ class TransposedLinearKind(Kind):
 
 
 class ConvKind(Kind):
-    _STOCK = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    _STOCK: tuple[type[Any], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     def stock(self, module: nn.Module) -> bool:
-        cls, own = type(module), module.__dict__
+        cls: type[Any] = type(module)
+        own = module.__dict__
         return any(
             cls.forward is base.forward and cls._conv_forward is base._conv_forward for base in self._STOCK
         ) and not ("forward" in own or "_conv_forward" in own)
@@ -141,7 +144,7 @@ def _is_opaque_linear(module: nn.Module) -> bool:
 
 def kind_of(module: nn.Module) -> Kind:
     """The kind of a layer. Raises TypeError with the reason where it cannot be adapted."""
-    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         raise TypeError(f"a {type(module).__name__} has no weight before its first forward")
     if isinstance(module, _ConvTransposeNd):
         raise TypeError(f"{type(module).__name__} is not supported: only convolutions that are not transposed are")

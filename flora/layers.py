@@ -18,9 +18,10 @@ from torch.nn.utils import parametrize
 from flora import deltas as _deltas
 from flora.config import DeltaConfig
 from flora.deltas import Delta
-from flora.functional import ConvOp, Op, compute_dtype
+from flora.functional import compute_dtype
 from flora.intercept import Intercept
-from flora.kinds import ATTENTION, EMBEDDING, Kind, describe, is_adaptable, kind_of, refusal
+from flora.kinds import ATTENTION, EMBEDDING, describe, is_adaptable, kind_of, refusal
+from flora.ops import ConvOp, Op
 
 __all__ = ["AdaptedLayer", "Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "is_adaptable", "refusal", "wrap"]
 
@@ -81,7 +82,7 @@ class AdaptedLayer(nn.Module):
         for parameter in base_layer.parameters(recurse=kind is not ATTENTION):
             parameter.requires_grad_(False)
 
-    # Deltas ------------------------------------------------------------------------------------------------------------
+    # Deltas ---------------------------------------------------------------------------------------------------------
 
     def add_delta(self, adapter: str, config: DeltaConfig, *, trainable: bool = True) -> Delta:
         """Builds the delta of ``config`` under the name ``adapter``; it is not active before `set_active`.
@@ -145,7 +146,7 @@ class AdaptedLayer(nn.Module):
     def _label(self) -> str:
         return self.name or describe(self.base_layer)
 
-    # Forward -----------------------------------------------------------------------------------------------------------
+    # Forward --------------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the base layer returns for these arguments, with the active deltas on top; shapes are the base's."""
@@ -243,7 +244,7 @@ class AdaptedLayer(nn.Module):
     def _has_weight_shape(self, tensor: Tensor) -> bool:
         return tensor.shape == self.shape
 
-    # The effective weight ----------------------------------------------------------------------------------------------
+    # The effective weight -------------------------------------------------------------------------------------------
 
     def _base_weight(self) -> Tensor:
         weight: Tensor = getattr(self.base_layer, self._kind.weight_name)
@@ -265,7 +266,7 @@ class AdaptedLayer(nn.Module):
             total = total.to(weight.dtype)
         padding_idx = self.base_layer.padding_idx if self._kind is EMBEDDING else None
         if padding_idx is not None:  # the padding row is no part of the delta
-            row = torch.tensor([padding_idx], device=weight.device) % len(weight)  # type: ignore[operator]
+            row = torch.tensor([padding_idx], device=weight.device) % len(weight)
             total = total.index_copy(0, row, weight[row])
         return self._kind.turned(total)
 
@@ -299,7 +300,7 @@ class AdaptedLayer(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    # Merging -----------------------------------------------------------------------------------------------------------
+    # Merging --------------------------------------------------------------------------------------------------------
 
     @property
     def merged(self) -> bool:
@@ -376,10 +377,10 @@ class AdaptedLayer(nn.Module):
             self.unmerge()
         return self.base_layer
 
-    # State -------------------------------------------------------------------------------------------------------------
+    # State ----------------------------------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for parameter in (*self._original, *self._combined):
             if parameter is not self.base_layer._parameters.get(self._kind.weight_name):
                 parameter.data = fn(parameter.data)

@@ -35,8 +35,8 @@ def choose_plan(
 ) -> str:
     """The cheapest of "fused", "hybrid" and "merged" for one call.
 
-    ``shape`` is the weight's (d_out, d_in/groups, *k), ``ranks`` the core's, pixels (or rows) are counted over the whole
-    batch before and after the layer, ``itemsize`` is that of an activation in bytes, ``grad`` whether the parameters learn.
+    ``shape`` is the weight's (d_out, d_in/groups, *k), ``ranks`` the core's; pixels (or rows) are counted over the
+    whole batch, before and after the layer; ``itemsize`` is an activation's in bytes; ``grad`` whether anything learns.
     """
     d_out, width, *kernel = shape
     r_out, r_in = ranks[:2]

@@ -43,7 +43,7 @@ def pad_input(x: Tensor, padding: Sequence[int], padding_mode: str) -> Tensor:
 
 def conv_project(x: Tensor, u_in: Tensor, groups: int) -> Tensor:
     """The 1×1 convolution of every group's channels by U_inᵀ: (batch, d_in, *in) to (batch, groups·r_in, *in)."""
-    grouped = x.to(u_in.dtype).unflatten(1, (groups, u_in.shape[0]))
+    grouped = x.to(u_in.dtype).reshape(x.shape[0], groups, u_in.shape[0], *x.shape[2:])
     return torch.einsum("ngc...,cr->ngr...", grouped, u_in).flatten(1, 2)
 
 
@@ -59,7 +59,7 @@ def conv_update(
     groups: int,
     padding_mode: str,
 ) -> Tensor:
-    """Project, convolve with the (expanded) core, expand: the update of a convolution's output, in the factors' dtype."""
+    """Project, convolve with the (expanded) core, expand: the update of a convolution, in the factors' dtype."""
     h = pad_input(conv_project(x, u_in, groups), padding, padding_mode)
     return conv_finish(h, core, u_out, scale, stride, dilation, groups)
 
@@ -70,8 +70,9 @@ def conv_finish(
     """The second half of `conv_update`, from the projected and padded h (batch, groups·r_in, *padded)."""
     kernel = core.repeat(groups, *[1] * (core.ndim - 1))
     k = _CONV[core.ndim - 2](h, kernel, None, tuple(stride), 0, tuple(dilation), groups)
-    by_group = u_out.unflatten(0, (groups, -1))
-    return scale * torch.einsum("ngr...,gor->ngo...", k.unflatten(1, (groups, -1)), by_group).flatten(1, 2)
+    by_group = u_out.reshape(groups, u_out.shape[0] // groups, u_out.shape[1])
+    k = k.reshape(k.shape[0], groups, core.shape[0], *k.shape[2:])
+    return scale * torch.einsum("ngr...,gor->ngo...", k, by_group).flatten(1, 2)
 
 
 def mode_product(tensor: Tensor, factor: Tensor, mode: int) -> Tensor:
@@ -150,7 +151,7 @@ def tucker_conv_forward(
     groups: int,
     padding_mode: str,
 ) -> None:
-    """y += the convolution's update, in place; h (batch, *padded, groups·r_in) = the projected, padded input if given."""
+    """y += the convolution's update, in place; h (batch, *padded, groups·r_in) = the projected, padded input."""
     with torch.no_grad():
         projected = pad_input(conv_project(x, u_in, groups), padding, padding_mode)
         if h is not None:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flora
 from flora import functional
-from flora.functional import LINEAR, ConvOp, Tucker
+from flora.ops import LINEAR, ConvOp, Tucker
 
 PLANS = ("fused", "hybrid", "merged")
 
@@ -40,7 +40,12 @@ GRADCHECK = {
     "conv1d, circular": (ConvOp((2,), (1, 2), (1,), 1, "circular"), (2, 3, 7), (4, 3, 3), (2, 2, 2)),
     "conv2d": (ConvOp((1, 2), (1, 1, 0, 2), (1, 1), 1), (2, 3, 4, 5), (4, 3, 2, 3), (2, 3, 1, 2)),
     "conv2d, reflect": (ConvOp((1, 1), (1, 1, 2, 2), (2, 1), 1, "reflect"), (1, 2, 5, 4), (3, 2, 2, 3), (2, 1, 2, 2)),
-    "conv2d, replicate": (ConvOp((1, 1), (1, 1, 1, 1), (1, 1), 1, "replicate"), (1, 2, 3, 4), (3, 2, 3, 3), (2, 2, 2, 2)),
+    "conv2d, replicate": (
+        ConvOp((1, 1), (1, 1, 1, 1), (1, 1), 1, "replicate"),
+        (1, 2, 3, 4),
+        (3, 2, 3, 3),
+        (2, 2, 2, 2),
+    ),
     "conv2d, groups": (ConvOp((1, 1), (0, 0, 0, 0), (1, 1), 2), (2, 4, 3, 4), (6, 2, 2, 2), (3, 2, 2, 1)),
     "conv2d, depthwise": (ConvOp((1, 1), (1, 1, 1, 1), (1, 1), 3), (2, 3, 4, 4), (6, 1, 3, 3), (2, 1, 2, 2)),
     "conv3d": (ConvOp((1, 1, 2), (0, 1, 1, 0, 0, 0), (1, 2, 1), 1), (1, 2, 3, 4, 3), (3, 2, 2, 2, 2), (2, 2, 1, 2, 2)),
@@ -193,7 +198,7 @@ def test_half_precision_is_as_accurate_as_pytorch_of_that_dtype(case, dtype, isa
         assert (a.double() - e).abs().max() <= 2 * (t.double() - e).abs().max()
 
 
-# Dispatch --------------------------------------------------------------------------------------------------------------
+# Dispatch ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -310,7 +315,7 @@ def test_an_output_that_autograd_kept_is_not_written():
     torch.testing.assert_close(x.grad, expected)
 
 
-# Memory ----------------------------------------------------------------------------------------------------------------
+# Memory ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", ["linear", "conv"])

@@ -139,7 +139,11 @@ def test_merge_equals_unmerged_and_unmerge_gives_the_base_back(case):
 
 
 def test_dropout_touches_the_delta_alone_and_only_in_training():
-    for module, shape in [(nn.Linear(5, 7), (64, 5)), (PaddedConv(4, 6, 3), (2, 4, 7, 7)), (MatmulLinear(5, 7), (64, 5))]:
+    for module, shape in [
+        (nn.Linear(5, 7), (64, 5)),
+        (PaddedConv(4, 6, 3), (2, 4, 7, 7)),
+        (MatmulLinear(5, 7), (64, 5)),
+    ]:
         layer = wrapped(module, flora.TuckerConfig(rank=3, dropout=0.5))
         x = torch.randn(shape, requires_grad=True)
         layer.eval()
@@ -197,7 +201,7 @@ def test_a_small_delta_on_a_bfloat16_base_is_not_swallowed():
     assert not torch.equal(layer(x), base(x))
 
 
-# Layers that are not stock ---------------------------------------------------------------------------------------------
+# Layers that are not stock -----------------------------------------------------------------------------------------
 
 
 def test_hooks_on_the_base_run_once_and_see_the_adapted_output():
@@ -282,7 +286,9 @@ def test_quantised_linear():
     assert layer.plan_of("default") == "opaque"
 
 
-@pytest.mark.parametrize("module", [PaddedConv(4, 6, 3), StandardisedConv(4, 6, 3, padding=1)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "module", [PaddedConv(4, 6, 3), StandardisedConv(4, 6, 3, padding=1)], ids=lambda m: type(m).__name__
+)
 def test_own_forwards_from_eight_threads(module):
     layer = wrapped(copy.deepcopy(module))
     weight = layer.base_layer.weight
@@ -303,7 +309,7 @@ def test_own_forwards_from_eight_threads(module):
     assert not wrong and layer.base_layer.weight is weight
 
 
-# Attention, embeddings, transformers' Conv1D ---------------------------------------------------------------------------
+# Attention, embeddings, transformers' Conv1D -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -398,7 +404,7 @@ def test_transformers_conv1d():
         torch.testing.assert_close(layer(x), expected)
 
 
-# Attributes, state, several adapters -----------------------------------------------------------------------------------
+# Attributes, state, several adapters -------------------------------------------------------------------------------
 
 
 def test_answers_the_attributes_of_its_base():
@@ -545,7 +551,7 @@ def test_initialisations(init):
             assert abs(factor.std().item() - (1 / 32) ** 0.5) < 0.01
 
 
-# Errors ----------------------------------------------------------------------------------------------------------------
+# Errors ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -622,7 +628,11 @@ def test_load_tensors_checks_everything_before_it_copies():
 
 
 def test_wrong_input_raises_what_the_base_raises():
-    for base, x in [(nn.Linear(5, 7), torch.ones(3, 4)), (nn.Conv2d(4, 6, 3), torch.ones(1, 3, 5, 5)), (nn.Conv2d(4, 6, 3), torch.ones(5))]:
+    for base, x in [
+        (nn.Linear(5, 7), torch.ones(3, 4)),
+        (nn.Conv2d(4, 6, 3), torch.ones(1, 3, 5, 5)),
+        (nn.Conv2d(4, 6, 3), torch.ones(5)),
+    ]:
         with pytest.raises(RuntimeError) as theirs:
             base(x)
         with pytest.raises(RuntimeError) as ours:

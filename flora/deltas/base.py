@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flora.config import DeltaConfig
-from flora.functional import Op
+from flora.ops import Op
 
 
 class Delta(nn.Module):
@@ -82,7 +82,7 @@ class Delta(nn.Module):
         return {name: p.detach() for name, p in self.named_parameters()}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies `tensors` in. Names, shapes and finiteness are all checked first: KeyError or ValueError, nothing copied."""
+        """Copies `tensors` in. Names, shapes and finiteness are checked first: KeyError or ValueError, no change."""
         own = dict(self.named_parameters())
         if own.keys() != tensors.keys():
             missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
@@ -97,7 +97,7 @@ class Delta(nn.Module):
                 own[name].copy_(tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        return super()._apply(_keep_precision(fn), recurse)
+        return super()._apply(_keep_precision(fn), recurse)  # type: ignore[no-untyped-call]
 
 
 def _keep_precision(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flora import functional
 from flora.config import TuckerConfig
 from flora.deltas.base import Delta
-from flora.functional import Op, Tucker
+from flora.ops import Op, Tucker
 
 MODES = ("out", "in", "kernel")
 
@@ -37,6 +37,8 @@ class TuckerDelta(Delta):
     - "orthogonal": orthonormal columns;
     - "hosvd": the leading left singular vectors of the weight's unfolding along each mode.
     """
+
+    config: TuckerConfig
 
     def __init__(
         self,
@@ -82,9 +84,7 @@ class TuckerDelta(Delta):
         return Tucker(self.core, tuple(self.factors), self.scale)
 
     def adapted(self, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return functional.adapted(
-            op, x, weight, bias, self.tucker, plan=self.config.plan, dropout=self.dropout
-        )
+        return functional.adapted(op, x, weight, bias, self.tucker, plan=self.config.plan, dropout=self.dropout)
 
     def update(self, op: Op, x: Tensor) -> Tensor:
         return functional.update(op, x, self.tucker, dropout=self.dropout)
@@ -96,7 +96,9 @@ class TuckerDelta(Delta):
         return functional.effective_weight(weight, self.tucker)
 
     def plan(self, op: Op, x: Tensor, weight: Tensor) -> str:
-        return functional.resolve_plan(op, x, weight, self.tucker, self.config.plan, self.dropout, self.core.requires_grad)
+        return functional.resolve_plan(
+            op, x, weight, self.tucker, self.config.plan, self.dropout, self.core.requires_grad
+        )
 
     def set_trainable(self, trainable: bool) -> None:
         parts = self.config.trainable
