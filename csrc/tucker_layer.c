@@ -437,9 +437,10 @@ static void load_dh(const plan *p, const tile *t, void *dh_tile) {
     for (int64_t done = 0, run; done < t->pixels; done += run) {
         const int64_t offset = flora_pixel_at(&p->dh_in, t->first + done, &run) + p->dh_interior;
         run = flora_min(run, t->pixels - done);
-        memcpy(reals(p, dh_tile, done * p->in_w),
-               reals(p, at(p, p->dh), (t->image * layer->groups + t->group) * layer->padded_pixels * p->in_w + offset),
-               (size_t)(run * p->in_w) * p->kernels->real_size);
+        p->kernels->copy(reals(p, dh_tile, done * p->in_w), p->in_w,
+                         reals(p, at(p, p->dh),
+                               (t->image * layer->groups + t->group) * layer->padded_pixels * p->in_w + offset),
+                         flora_pixel_stride(&p->dh_in), 1, run, p->in_w);
     }
 }
 
