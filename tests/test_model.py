@@ -128,7 +128,7 @@ def assert_unchanged(model, before):
 
 @pytest.mark.parametrize(
     ("make", "grad"),
-    # nn.MultiheadAttention with grad is left out: PyTorch projects by another kernel when its packed weight requires grad
+    # with grad, PyTorch projects by another kernel in nn.MultiheadAttention, since its packed weight requires grad
     [(make, grad) for make in INPUTS for grad in (True, False) if make is not encoder or not grad],
 )
 def test_the_first_output_is_the_frozen_bases_bit_for_bit(make, grad):
