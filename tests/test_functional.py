@@ -226,6 +226,7 @@ def test_the_plain_case_goes_to_c(layer):
     assert "matmul" not in count.names and "__matmul__" not in count.names
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch.jit.trace, and jvp's own decompositions
 @pytest.mark.parametrize("where", ["dispatch mode", "vmap", "jvp", "compile", "trace", "subclass", "functional_call"])
 def test_watched_calls_agree_with_the_direct_path(layer, where):
     x = torch.randn(4, 5)
