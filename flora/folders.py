@@ -78,8 +78,6 @@ def recover(folder: Path) -> None:
 
 
 def _sync(directory: Path) -> None:
-    if os.name != "posix":
-        return
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)

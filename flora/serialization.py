@@ -456,8 +456,8 @@ def load_adapter(
 def _load_folder(model: nn.Module, file: AdapterFile, name: str, trainable: bool) -> None:
     where = file.path / CONFIG_FILE
     own = file.config if isinstance(file.config, Mapping) else {"": file.config}
-    layers = {key: (_exact(own[entry.pattern], key, entry), entry.pattern) for key, entry in file.layers.items()}
     try:
+        layers = {key: (_exact(own[entry.pattern], key, entry), entry.pattern) for key, entry in file.layers.items()}
         differing = _compare_bases(model, file)
         selection = select_named(model, layers, file.saved)
         for target in selection.layers:
@@ -475,10 +475,8 @@ def _load_folder(model: nn.Module, file: AdapterFile, name: str, trainable: bool
 def _exact(config: DeltaConfig, name: str, entry: LayerEntry) -> DeltaConfig:
     """The configuration of one layer with the ranks that its file has."""
     own = config.for_module(name)
-    if not entry.ranks or not hasattr(own, "rank"):
-        return own
-    changes: dict[str, Any] = {"rank": entry.ranks, "alpha": None, "scale": own.resolved_scale}
-    return replace(own, **changes)
+    exact: dict[str, Any] = {"rank": entry.ranks, "alpha": None, "scale": own.resolved_scale}
+    return replace(own, **exact) if hasattr(own, "rank") else own
 
 
 def filler(

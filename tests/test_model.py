@@ -30,6 +30,7 @@ from flora.model import (
     warn_unreached,
 )
 from flora.report import summary
+from flora.saved import SavedModule
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -687,6 +688,8 @@ def test_saved_modules_answer_their_attributes():
         _ = head.nothing_here
     with pytest.raises(ValueError, match="^8: already has a copy for the adapter 'default'"):
         head.add_copy("default")
+    with pytest.raises(AttributeError):  # as copying and unpickling ask it
+        _ = SavedModule.__new__(SavedModule).anything
 
 
 def test_half_precision_bases_keep_float32_factors():

@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -367,6 +369,22 @@ def test_this_system_exchanges_in_one_step(tmp_path):
             folders._exchange(one, tmp_path / "three")
 
 
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, None])
+def test_a_system_that_cannot_exchange(tmp_path, monkeypatch, code):
+    class Library:
+        if code is not None:
+
+            def renameat2(self, *args):
+                ctypes.set_errno(code)
+                return -1
+
+    monkeypatch.setattr(folders.ctypes, "CDLL", lambda *args, **kwargs: Library())
+    assert folders._exchange(tmp_path / "one", tmp_path / "two") is False
+    monkeypatch.undo()
+    monkeypatch.setattr(folders.sys, "platform", "other")
+    assert folders._exchange(tmp_path / "one", tmp_path / "two") is False
+
+
 class Killed(BaseException):
     """Stands for the end of the process: nothing after it runs, no clean-up either."""
 
@@ -526,6 +544,7 @@ BAD_JSON = {
         r"0: its weight is \(8, 3, 3, 3\), the adapter is for \(8, 3, 3, 4\)",
     ),
     "ranks": (put(["modules", "0", "ranks"], "3"), "0: ranks='3'"),
+    "no ranks": (put(["modules", "0", "ranks"], []), r"rank=\(\) must be a positive int"),
     "rank above": (put(["modules", "0", "ranks"], [9, 3, 2, 2]), r"0: rank=\(9, 3, 2, 2\) goes above"),
     "other ranks": (
         put(["modules", "0", "ranks"], [2, 3, 2, 2]),
