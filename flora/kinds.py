@@ -21,6 +21,8 @@ class Kind:
     weight_name = "weight"
     opaque = False
     """The weight is not there as plain numbers (quantised): only y = base(x) + s·ΔW·x is possible."""
+    droppable = True
+    """The delta has an input of its own that dropout can act on."""
 
     def __init__(self, constant: str) -> None:
         self._constant = constant
@@ -105,6 +107,8 @@ class ConvKind(Kind):
 class EmbeddingKind(Kind):
     """A table of vectors; the modes of its weight are (num_embeddings, embedding_dim)."""
 
+    droppable = False
+
     def stock(self, module: nn.Module) -> bool:
         return type(module).forward is nn.Embedding.forward and "forward" not in module.__dict__
 
@@ -113,6 +117,7 @@ class AttentionKind(Kind):
     """`torch.nn.MultiheadAttention`: its packed input projection, read by its own forward. out_proj is a Linear."""
 
     weight_name = "in_proj_weight"
+    droppable = False
 
 
 LINEAR_KIND = LinearKind("LINEAR_KIND")
@@ -179,12 +184,14 @@ def kind_of(module: nn.Module) -> Kind:
     return kind
 
 
-def refusal(module: nn.Module) -> str | None:
-    """Why a layer cannot be adapted, or None if it can."""
+def refusal(module: nn.Module, dropout: float = 0.0) -> str | None:
+    """Why a layer cannot be adapted, with this dropout on its delta's input, or None if it can."""
     try:
-        kind_of(module)
+        kind = kind_of(module)
     except TypeError as error:
         return str(error)
+    if dropout > 0 and not kind.droppable:
+        return f"dropout={dropout} is not possible on {describe(module)}, whose delta has no input of its own"
     return None
 
 

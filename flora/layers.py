@@ -93,11 +93,9 @@ class AdaptedLayer(nn.Module):
         check_adapter_name(adapter)
         if adapter in self.deltas:
             raise ValueError(f"{self._label}: there is already an adapter named {adapter!r}")
-        if config.dropout > 0 and self._kind in (ATTENTION, EMBEDDING):
-            raise ValueError(
-                f"{self._label}: dropout={config.dropout} is not possible on {describe(self.base_layer)}, whose delta "
-                "has no input of its own; leave it out or give dropout=0"
-            )
+        reason = refusal(self.base_layer, config.dropout)
+        if reason is not None:
+            raise ValueError(f"{self._label}: {reason}")
         weight = None if self._kind.opaque else self._base_weight()
         delta = _deltas.build(
             config,

@@ -153,7 +153,7 @@ def select(model: nn.Module, config: Configs) -> Selection:
         for target in found:
             if target.name in layers or target.any(lambda name: inside(name, saved_names)):
                 continue
-            reason = "it is excluded" if target.name in excluded else _refusal(target, closed)
+            reason = "it is excluded" if target.name in excluded else _refusal(target, closed, own.dropout)
             if reason is None:
                 layers[target.name] = replace(target, config=own.for_module(target.name), pattern=pattern)
                 chosen.append(target.name)
@@ -330,10 +330,10 @@ def _check_patterns(config: DeltaConfig, chosen: list[str]) -> None:
                 raise ValueError(f"{what}={pattern!r} matches no adapted module{near_misses(pattern, chosen)}")
 
 
-def _refusal(target: Target, closed: Collection[str]) -> str | None:
+def _refusal(target: Target, closed: Collection[str], dropout: float = 0.0) -> str | None:
     if target.any(lambda name: inside(name, closed)):
         return "another adapter trains it whole"
-    return refusal(target.original)
+    return refusal(target.original, dropout)
 
 
 def _check_containers(what: str, names: Iterable[str], found: Iterable[Target]) -> None:

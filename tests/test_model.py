@@ -705,3 +705,14 @@ def test_an_unloaded_model_holds_nothing_of_the_adapter():
     gc.collect()
     assert delta() is None
     assert "_flora_state" not in model.__dict__
+
+
+def test_dropout_leaves_packed_attention_alone_under_all_and_is_an_error_when_named():
+    def make():
+        return nn.TransformerEncoderLayer(8, 2, 16)
+
+    model = adapt(make(), TuckerConfig(rank=2, dropout=0.1))
+    assert not isinstance(model.self_attn, AdaptedLayer) and isinstance(model.linear1, AdaptedLayer)
+    assert "dropout=0.1 is not possible on MultiheadAttention" in str(summary(model))
+    with pytest.raises(ValueError, match="self_attn: .*dropout=0.1 is not possible"):
+        adapt(make(), TuckerConfig(rank=2, dropout=0.1, target_modules=["self_attn"]))
