@@ -96,12 +96,13 @@ flora_status flora_expect_writable(flora_field *field, const flora_view *view, c
     const int by_rows = channels <= 1 || field->channel == 1;
     const int last = view->ndim - 1, spatial = last > 1;
     int by_planes = pixels <= 1 || flora_pixel_stride(&field->pixels) == 1;
-    if (!by_rows && !by_planes && spatial && view->shape[last] == 1) { /* runs of a single pixel, whatever the strides */
+    if (!by_rows && !by_planes && spatial &&
+        view->shape[last] == 1) { /* runs of a single pixel, whatever the strides */
         field->pixels.extent[field->pixels.ndim] = field->pixels.stride[field->pixels.ndim] = 1;
         field->pixels.ndim++;
         by_planes = 1;
     }
-    if (!by_rows && !by_planes)
+    if (!by_rows && !by_planes && view->shape[0] > 0)
         return flora_fail(error, FLORA_BAD_LAYOUT,
                           "%s must have unit stride in its channels or its last mode, not strides of %lld and %lld",
                           name, (long long)view->strides[1], (long long)view->strides[spatial ? last : 0]);
@@ -437,10 +438,10 @@ static void load_dh(const plan *p, const tile *t, void *dh_tile) {
     for (int64_t done = 0, run; done < t->pixels; done += run) {
         const int64_t offset = flora_pixel_at(&p->dh_in, t->first + done, &run) + p->dh_interior;
         run = flora_min(run, t->pixels - done);
-        p->kernels->copy(reals(p, dh_tile, done * p->in_w), p->in_w,
-                         reals(p, at(p, p->dh),
-                               (t->image * layer->groups + t->group) * layer->padded_pixels * p->in_w + offset),
-                         flora_pixel_stride(&p->dh_in), 1, run, p->in_w);
+        p->kernels->copy(
+            reals(p, dh_tile, done * p->in_w), p->in_w,
+            reals(p, at(p, p->dh), (t->image * layer->groups + t->group) * layer->padded_pixels * p->in_w + offset),
+            flora_pixel_stride(&p->dh_in), 1, run, p->in_w);
     }
 }
 

@@ -22,7 +22,7 @@
 enum {
     ROWS = 64,
     COLUMNS = 128
-};                           /* a block of d_weight in the first-level cache; a task writes so many rows of out … */
+}; /* a block of d_weight in the first-level cache; a task writes so many rows of out … */
 enum { OUT_COLUMNS = 1024 }; /* … and so many columns */
 
 /* The problem with its modes renumbered. Row widths ending in _w are padded to the vector. */
