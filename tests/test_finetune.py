@@ -1,7 +1,9 @@
 """The demo: its images and splits, its training loop, the methods that it compares, and the whole of it in small."""
 
 import dataclasses
+import gc
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -225,6 +227,15 @@ def test_saved_bytes_counts_each_storage_once() -> None:
     layer = nn.Linear(3, 5)
     assert saved_bytes(layer, x) == (10 * 3 + 5 * 3) * 4  # x for the weight, the weight for x
     assert saved_bytes(layer.requires_grad_(False), x) == 5 * 3 * 4
+
+
+def test_saved_bytes_keeps_nothing_itself() -> None:
+    outputs = []
+    layer = nn.Sequential(nn.Linear(3, 5), nn.Tanh())
+    layer[0].register_forward_hook(lambda module, inputs, output: outputs.append(weakref.ref(output)))
+    assert saved_bytes(layer, torch.randn(10, 3)) == (10 * 3 + 10 * 5) * 4
+    gc.collect()
+    assert outputs[0]() is None
 
 
 # Methods ------------------------------------------------------------------------------------------------------------

@@ -97,14 +97,14 @@ def accuracy(logits: Tensor, images: Images) -> float:
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
     """Bytes that autograd keeps from the forward of x for the backward, parameters included, each storage once."""
-    storages: dict[int, int] = {}
-    alive = []  # so that no address is used twice
+    storages: dict[
+        int, torch.UntypedStorage
+    ] = {}  # held, so that no address is used twice; a tensor would hold its graph
 
     def pack(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        alive.append(tensor)
+        storages[storage.data_ptr()] = storage
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):  # there is no backward
         model(x)
-    return sum(storages.values())
+    return sum(storage.nbytes() for storage in storages.values())
