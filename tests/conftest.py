@@ -10,10 +10,10 @@ from flora import _core
 
 hypothesis.settings.register_profile(
     "dev",
-    max_examples=int(os.environ.get("FLORA_TEST_EXAMPLES", "25")),
+    max_examples=int(os.environ.get("FLORA_TEST_EXAMPLES", "20")),
     deadline=None,  # the first example of a test pays for imports and caches
-    derandomize="FLORA_TEST_EXAMPLES" not in os.environ,
     database=None,
+    print_blob=True,  # examples are new in every run, and differ between the parameters of a test
 )
 hypothesis.settings.load_profile("dev")
 
