@@ -82,7 +82,7 @@ static void *reals(const plan *p, const void *base, int64_t n) {
     return (char *)base + n * (int64_t)p->kernels->real_size;
 }
 
-/* Fields ---------------------------------------------------------------------------------------------------------- */
+/* Fields ----------------------------------------------------------------------------------------------------------- */
 
 flora_field flora_field_of(const flora_view *view, int rows) {
     flora_field field = {.data = view->data, .batch = rows ? 0 : view->strides[0], .channel = view->strides[1]};
@@ -114,7 +114,7 @@ static char *field_at(const plan *p, const flora_field *field, int64_t image, in
     return flora_at(field->data, image * field->batch + channel * field->channel + offset, p->kernels->act_size);
 }
 
-/* Steps on one tile ----------------------------------------------------------------------------------------------- */
+/* Steps on one tile ------------------------------------------------------------------------------------------------ */
 
 /* The tile: `pixels` pixels from `first` on, of one image and group. */
 typedef struct {
@@ -290,8 +290,7 @@ static void core_gradient(const plan *p, const tile *t, const void *dk, void *su
     }
 }
 
-/* Padding -----------------------------------------------------------------------------------------------------------
- */
+/* Padding ---------------------------------------------------------------------------------------------------------- */
 
 /* The input position that padded position `i` of a mode shows, or -1 for a zero. */
 static int64_t shown(const flora_layer *layer, int mode, int64_t i) {
@@ -368,8 +367,7 @@ static void fold(const plan *p, int64_t slice) {
     }
 }
 
-/* The transposed convolution ----------------------------------------------------------------------------------------
- */
+/* The transposed convolution --------------------------------------------------------------------------------------- */
 
 /* dh (pixels [begin, end) of a line, in_w) = Σ_tap dk(at tap) · G_tap; `line` counts images, groups and all padded
  * positions but the last. Outer taps are gathered in one product; along the last mode each tap scatters to its own
@@ -445,8 +443,7 @@ static void load_dh(const plan *p, const tile *t, void *dh_tile) {
     }
 }
 
-/* Tiles as tasks ----------------------------------------------------------------------------------------------------
- */
+/* Tiles as tasks --------------------------------------------------------------------------------------------------- */
 
 static int64_t tile_count(const plan *p, int64_t pixels) {
     return p->layer->batch * p->layer->groups * ((pixels + p->tile - 1) / p->tile);
@@ -675,8 +672,7 @@ static void add_up_chunk(int chunk, void *plan_) {
                         p->sums_size / (int64_t)p->kernels->real_size, layer->r_in, layer->r_out, 1.0);
 }
 
-/* Packing -------------------------------------------------------------------------------------------------------------
- */
+/* Packing ---------------------------------------------------------------------------------------------------------- */
 
 /* (rows, ranks padded to width), the matrix of a projection */
 static void pack_factor(const plan *p, size_t to, const flora_view *u, int64_t width, double scale) {
@@ -716,7 +712,7 @@ static void pack_core_t(const plan *p) {
                          core->strides[1], layer->r_out, layer->r_in, 1.0);
 }
 
-/* Plans ----------------------------------------------------------------------------------------------------------- */
+/* Plans ------------------------------------------------------------------------------------------------------------ */
 
 static int64_t taps_or_none(const flora_layer *layer) {
     return layer->core != NULL ? layer->taps : 0;

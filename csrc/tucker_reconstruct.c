@@ -80,8 +80,7 @@ static void multiply(const problem *p, flora_gemm g) {
     p->kernels->gemm(&g);
 }
 
-/* Checks ------------------------------------------------------------------------------------------------------------
- */
+/* Checks ----------------------------------------------------------------------------------------------------------- */
 
 /* Checks everything that forward and backward share, and renumbers the modes by the strides of `weight`. */
 static flora_status check(problem *p, const flora_view *weight, const char *name, const flora_view *core,
@@ -148,8 +147,7 @@ static int same_layout(const flora_view *a, const flora_view *b) {
     return 1;
 }
 
-/* Steps in scratch --------------------------------------------------------------------------------------------------
- */
+/* Steps in scratch ------------------------------------------------------------------------------------------------- */
 
 /* The core, contiguous and with its modes in our order, from or to a view (`to`: scaled by s). */
 static void move_core(const problem *p, const flora_view *view, void *core, int to) {
@@ -262,9 +260,12 @@ static void reserve_parts(problem *p, int lowest) {
     const size_t real = p->kernels->real_size;
     int64_t most = 0;
     for (int m = p->order - 1; m >= lowest; m--)
-        p->parts[m] = flora_reserve(&p->scratch, padded(p, p->rank[0]) * product(p->rank, 1, m + 1),
-                                    product(p->dim, m + 1, p->order), 1, real);
-    for (int m = 0; m < p->order; m++) {
+        if (m == p->order - 1 || p->factors[m + 1] != NULL) /* else M_m is M_m+1 */
+            p->parts[m] = flora_reserve(&p->scratch, padded(p, p->rank[0]) * product(p->rank, 1, m + 1),
+                                        product(p->dim, m + 1, p->order), 1, real);
+    for (int m = 1; m < p->order; m++) {
+        if (p->factors[m] == NULL)
+            continue;
         const int64_t rank_w = padded(p, p->rank[m]), dim_w = padded(p, p->dim[m]);
         most = flora_max(most, flora_max(dim_w * rank_w, product(p->dim, m + 1, p->order) * rank_w));
     }
@@ -283,8 +284,7 @@ static void build_parts(problem *p, int lowest) {
     }
 }
 
-/* Forward -----------------------------------------------------------------------------------------------------------
- */
+/* Forward ---------------------------------------------------------------------------------------------------------- */
 
 /* out = weight + U_0 · M_0, a block of rows and columns at a time. */
 static void write_chunk(int chunk, void *problem_) {
@@ -363,7 +363,8 @@ flora_status flora_tucker_reconstruct(const flora_view *out, const flora_view *w
         return FLORA_OK;
 
     reserve_parts(&p, 0);
-    p.u_0 = flora_reserve(&p.scratch, p.dim[0], flora_max(p.rank[0], 1), 1, p.kernels->real_size);
+    p.u_0 = p.factors[0] != NULL ? flora_reserve(&p.scratch, p.dim[0], p.rank[0], 1, p.kernels->real_size)
+                                 : flora_reserve(&p.scratch, 1, 1, 1, p.kernels->real_size);
     if ((status = flora_allocate(&p.scratch, error)) != FLORA_OK)
         return status;
     if (weight != NULL && !same_layout(out, weight)) {
@@ -386,8 +387,7 @@ flora_status flora_tucker_reconstruct(const flora_view *out, const flora_view *w
     return FLORA_OK;
 }
 
-/* Backward ----------------------------------------------------------------------------------------------------------
- */
+/* Backward --------------------------------------------------------------------------------------------------------- */
 
 /* A block of d_weight as reals: where it is if its type and strides allow, else a copy. */
 static const void *block_of(const problem *p, int64_t row, int64_t rows, int64_t column, int64_t columns, void *room,
@@ -511,7 +511,8 @@ flora_status flora_tucker_reconstruct_backward(const flora_view *d_core, const f
     for (int m = 0; m < order; m++)
         t_size = flora_max(t_size, product(p.rank, 0, m + 1) * product(p.dim, m + 1, order));
     for (int m = 0; m < order; m++)
-        widest = flora_max(widest, p.dim[m] * padded(&p, p.rank[m]));
+        if (p.factors[m] != NULL)
+            widest = flora_max(widest, p.dim[m] * padded(&p, p.rank[m]));
     p.needs_rows = d_factors[p.mode[0]] != NULL;
     p.needs_columns = d_core != NULL;
     for (int i = 1; i < order; i++)
