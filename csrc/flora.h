@@ -84,6 +84,11 @@ flora_status flora_tucker_conv_backward(const flora_view *dx, const flora_view *
                                         const flora_view *u_out, double scale, const flora_geometry *geometry,
                                         char error[FLORA_ERROR_SIZE]);
 
+/* d_weight (d_out, d_in/groups, *k) = the weight gradient of y (batch, d_out, *out) = conv(x (batch, d_in, *in),
+ * weight) for dy, in C; meant for groups of few channels. */
+flora_status flora_conv_weight_gradient(const flora_view *d_weight, const flora_view *dy, const flora_view *x,
+                                        const flora_geometry *geometry, char error[FLORA_ERROR_SIZE]);
+
 /* out (d_0, …) = weight (d_0, …) + scale · core (r_0, …) ×_0 factors[0] (d_0, r_0) ×_1 …, order 1 to 5.
  * weight NULL: zero. factors[m] NULL: the identity (r_m = d_m). out and weight may be the same view. */
 flora_status flora_tucker_reconstruct(const flora_view *out, const flora_view *weight, const flora_view *core,

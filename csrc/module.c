@@ -378,6 +378,32 @@ static PyObject *tucker_conv_backward(PyObject *module, PyObject *const *args, P
 }
 
 PyDoc_STRVAR(
+    conv_weight_gradient_doc,
+    "conv_weight_gradient($module, d_weight, dy, x, stride, padding, dilation, groups, padding_mode, /)\n--\n\n"
+    "d_weight (d_out, d_in / groups, *k) = the weight gradient of y (batch, d_out, *out) = conv(x (batch, d_in, *in),\n"
+    "weight) for dy of y's shape, overwritten; for groups of few channels, depthwise above all.\n"
+    "\n"
+    "x and dy have any strides; the geometry is given as in tucker_conv_forward. x and dy are of one type, d_weight "
+    "is\n"
+    "float32, or float64 for float64. Errors as in tucker_conv_forward. Source: the definition of a convolution.");
+
+static PyObject *conv_weight_gradient(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    static const array_spec specs[] = {{"d_weight", OUT}, {"dy", IN}, {"x", IN}};
+    const flora_view *v[3];
+    call c;
+    flora_geometry geometry;
+    PyObject *result = NULL;
+    if (begin(&c, module, "conv_weight_gradient", nargs, 8) < 0) {
+        return NULL;
+    }
+    if (borrow_all(&c, args, specs, 3, v) == 0 && parse_geometry(&c, args + 3, &geometry) == 0) {
+        RUN(c, result, flora_conv_weight_gradient, v[0], v[1], v[2], &geometry);
+    }
+    end(&c);
+    return result;
+}
+
+PyDoc_STRVAR(
     tucker_reconstruct_doc,
     "tucker_reconstruct($module, out, weight, core, factors, scale, /)\n--\n\n"
     "out (d_0, ...) = weight (d_0, ...) + scale * core (r_0, ...) x_0 factors[0] (d_0, r_0) x_1 ..., order 1 to 5.\n"
@@ -513,6 +539,7 @@ static PyMethodDef methods[] = {FAST(tucker_linear_forward),
                                 FAST(tucker_linear_backward),
                                 FAST(tucker_conv_forward),
                                 FAST(tucker_conv_backward),
+                                FAST(conv_weight_gradient),
                                 FAST(tucker_reconstruct),
                                 FAST(tucker_reconstruct_backward),
                                 {"info", info, METH_NOARGS, info_doc},

@@ -171,6 +171,59 @@ flora_status flora_expect_disjoint(const flora_named *outputs, int output_count,
     return FLORA_OK;
 }
 
+/* Geometry -----------------------------------------------------------------------------------------------------------
+ */
+
+flora_status flora_check_geometry(const flora_geometry *geometry, char *error) {
+    if (geometry->ndim < 1 || geometry->ndim > FLORA_MAX_SPATIAL)
+        return flora_fail(error, FLORA_BAD_VALUE, "a convolution has 1 to %d spatial modes, not %d", FLORA_MAX_SPATIAL,
+                          geometry->ndim);
+    if (geometry->groups < 1)
+        return flora_fail(error, FLORA_BAD_VALUE, "groups must be at least 1, not %lld", (long long)geometry->groups);
+    for (int i = 0; i < geometry->ndim; i++) {
+        if (geometry->stride[i] < 1)
+            return flora_fail(error, FLORA_BAD_VALUE, "stride must be at least 1, not %lld",
+                              (long long)geometry->stride[i]);
+        if (geometry->dilation[i] < 1)
+            return flora_fail(error, FLORA_BAD_VALUE, "dilation must be at least 1, not %lld",
+                              (long long)geometry->dilation[i]);
+        if (geometry->padding[i][0] < 0 || geometry->padding[i][1] < 0)
+            return flora_fail(error, FLORA_BAD_VALUE, "padding must not be negative, but is (%lld, %lld)",
+                              (long long)geometry->padding[i][0], (long long)geometry->padding[i][1]);
+    }
+    if (geometry->mode < FLORA_PAD_ZEROS || geometry->mode > FLORA_PAD_CIRCULAR)
+        return flora_fail(error, FLORA_BAD_VALUE, "there is no padding mode %d", (int)geometry->mode);
+    return FLORA_OK;
+}
+
+flora_status flora_check_spatial(const flora_geometry *geometry, int mode, int64_t extent, int64_t kernel,
+                                 int64_t *padded, int64_t *out, char *error) {
+    const int64_t before = geometry->padding[mode][0], after = geometry->padding[mode][1];
+    const int64_t most = before > after ? before : after;
+    int64_t reach;
+    if (kernel < 1)
+        return flora_fail(error, FLORA_BAD_SHAPE, "kernel extents must be at least 1, not %lld", (long long)kernel);
+    if (most > 0 && ((geometry->mode == FLORA_PAD_REFLECT && most >= extent) ||
+                     (geometry->mode == FLORA_PAD_CIRCULAR && most > extent) ||
+                     (geometry->mode == FLORA_PAD_REPLICATE && extent == 0)))
+        return flora_fail(error, FLORA_BAD_VALUE,
+                          "padding (%lld, %lld) is too large for %s padding of an extent of %lld", (long long)before,
+                          (long long)after,
+                          geometry->mode == FLORA_PAD_REFLECT    ? "reflect"
+                          : geometry->mode == FLORA_PAD_CIRCULAR ? "circular"
+                                                                 : "replicate",
+                          (long long)extent);
+    if (__builtin_add_overflow(extent, before, padded) || __builtin_add_overflow(*padded, after, padded))
+        return flora_fail(error, FLORA_BAD_VALUE, "padding (%lld, %lld) is too large", (long long)before,
+                          (long long)after);
+    if (__builtin_mul_overflow(kernel - 1, geometry->dilation[mode], &reach) || reach >= *padded)
+        return flora_fail(error, FLORA_BAD_SHAPE,
+                          "a kernel of %lld with dilation %lld does not fit in a padded input of %lld",
+                          (long long)kernel, (long long)geometry->dilation[mode], (long long)*padded);
+    *out = (*padded - reach - 1) / geometry->stride[mode] + 1;
+    return FLORA_OK;
+}
+
 /* Pixels -------------------------------------------------------------------------------------------------------- */
 
 flora_pixels flora_pixels_of(int ndim, const int64_t *extent, const int64_t *stride) {

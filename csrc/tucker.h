@@ -1,4 +1,4 @@
-/* What the operations in tucker_*.c share: checks with their sentences, scratch, and pixels in any layout. */
+/* What the operations share: checks with their sentences, scratch, and pixels in any layout. */
 #ifndef FLORA_TUCKER_H
 #define FLORA_TUCKER_H
 
@@ -28,6 +28,13 @@ flora_status flora_expect_disjoint(const flora_named *outputs, int output_count,
                                    int input_count, char *error);
 
 flora_dtype flora_compute_dtype(flora_dtype dtype);
+
+/* The padding, stride, dilation and groups of a convolution make sense by themselves. */
+flora_status flora_check_geometry(const flora_geometry *geometry, char *error);
+
+/* One spatial mode fits together; its padded input's extent and its output's. */
+flora_status flora_check_spatial(const flora_geometry *geometry, int mode, int64_t extent, int64_t kernel,
+                                 int64_t *padded, int64_t *out, char *error);
 
 /* Pixels -------------------------------------------------------------------------------------------------------- */
 

@@ -15,61 +15,6 @@ typedef struct {
     const flora_geometry *geometry; /* NULL: a Linear */
 } arguments;
 
-/* The padding, stride, dilation and groups make sense by themselves. */
-static flora_status check_geometry(const flora_geometry *geometry, char *error) {
-    if (geometry->ndim < 1 || geometry->ndim > FLORA_MAX_SPATIAL)
-        return flora_fail(error, FLORA_BAD_VALUE, "a convolution has 1 to %d spatial modes, not %d", FLORA_MAX_SPATIAL,
-                          geometry->ndim);
-    if (geometry->groups < 1)
-        return flora_fail(error, FLORA_BAD_VALUE, "groups must be at least 1, not %lld", (long long)geometry->groups);
-    for (int i = 0; i < geometry->ndim; i++) {
-        if (geometry->stride[i] < 1)
-            return flora_fail(error, FLORA_BAD_VALUE, "stride must be at least 1, not %lld",
-                              (long long)geometry->stride[i]);
-        if (geometry->dilation[i] < 1)
-            return flora_fail(error, FLORA_BAD_VALUE, "dilation must be at least 1, not %lld",
-                              (long long)geometry->dilation[i]);
-        if (geometry->padding[i][0] < 0 || geometry->padding[i][1] < 0)
-            return flora_fail(error, FLORA_BAD_VALUE, "padding must not be negative, but is (%lld, %lld)",
-                              (long long)geometry->padding[i][0], (long long)geometry->padding[i][1]);
-    }
-    if (geometry->mode < FLORA_PAD_ZEROS || geometry->mode > FLORA_PAD_CIRCULAR)
-        return flora_fail(error, FLORA_BAD_VALUE, "there is no padding mode %d", (int)geometry->mode);
-    return FLORA_OK;
-}
-
-/* Extents of one spatial mode: padded input and output, and what the padding mode allows. */
-static flora_status spatial_mode(flora_layer *layer, int mode, char *error) {
-    const flora_geometry *geometry = &layer->geometry;
-    const int64_t extent = layer->in[mode], kernel = layer->kernel[mode];
-    const int64_t before = geometry->padding[mode][0], after = geometry->padding[mode][1];
-    const int64_t most = before > after ? before : after;
-    int64_t reach;
-    if (kernel < 1)
-        return flora_fail(error, FLORA_BAD_SHAPE, "the core's kernel extents must be at least 1, not %lld",
-                          (long long)kernel);
-    if (most > 0 && ((geometry->mode == FLORA_PAD_REFLECT && most >= extent) ||
-                     (geometry->mode == FLORA_PAD_CIRCULAR && most > extent) ||
-                     (geometry->mode == FLORA_PAD_REPLICATE && extent == 0)))
-        return flora_fail(error, FLORA_BAD_VALUE,
-                          "padding (%lld, %lld) is too large for %s padding of an extent of %lld", (long long)before,
-                          (long long)after,
-                          geometry->mode == FLORA_PAD_REFLECT    ? "reflect"
-                          : geometry->mode == FLORA_PAD_CIRCULAR ? "circular"
-                                                                 : "replicate",
-                          (long long)extent);
-    if (__builtin_add_overflow(extent, before, &layer->padded[mode]) ||
-        __builtin_add_overflow(layer->padded[mode], after, &layer->padded[mode]))
-        return flora_fail(error, FLORA_BAD_VALUE, "padding (%lld, %lld) is too large", (long long)before,
-                          (long long)after);
-    if (__builtin_mul_overflow(kernel - 1, geometry->dilation[mode], &reach) || reach >= layer->padded[mode])
-        return flora_fail(error, FLORA_BAD_SHAPE,
-                          "a kernel of %lld with dilation %lld does not fit in a padded input of %lld",
-                          (long long)kernel, (long long)geometry->dilation[mode], (long long)layer->padded[mode]);
-    layer->out[mode] = (layer->padded[mode] - reach - 1) / geometry->stride[mode] + 1;
-    return FLORA_OK;
-}
-
 /* Fills `layer` from the arguments, or says what is wrong with them. */
 static flora_status check(const arguments *a, flora_layer *layer, char *error) {
     const flora_view *leading = a->y != NULL ? a->x : a->dy; /* gives the batch and the activation type */
@@ -78,7 +23,7 @@ static flora_status check(const arguments *a, flora_layer *layer, char *error) {
     const int ndim = a->geometry != NULL ? a->geometry->ndim : 0;
     flora_status status;
 
-    if (a->geometry != NULL && (status = check_geometry(a->geometry, error)) != FLORA_OK)
+    if (a->geometry != NULL && (status = flora_check_geometry(a->geometry, error)) != FLORA_OK)
         return status;
     if (isnan(a->scale))
         return flora_fail(error, FLORA_BAD_VALUE, "scale must be a number, not nan");
@@ -139,7 +84,8 @@ static flora_status check(const arguments *a, flora_layer *layer, char *error) {
         if (layer->in[i] < 0)
             return flora_fail(error, FLORA_BAD_SHAPE, "h has an extent of %lld, less than its padding of %lld",
                               (long long)a->h->shape[1 + i], (long long)padding);
-        if ((status = spatial_mode(layer, i, error)) != FLORA_OK)
+        if ((status = flora_check_spatial(geometry, i, layer->in[i], layer->kernel[i], &layer->padded[i],
+                                          &layer->out[i], error)) != FLORA_OK)
             return status;
         h[1 + i] = layer->padded[i];
         y[2 + i] = layer->out[i];

@@ -70,6 +70,17 @@ def tucker_conv_backward(
     padding_mode: str,
     /,
 ) -> None: ...
+def conv_weight_gradient(
+    d_weight: _Array,
+    dy: _Array,
+    x: _Array,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    padding_mode: str,
+    /,
+) -> None: ...
 def tucker_reconstruct(
     out: _Array, weight: _Array | None, core: _Array, factors: Sequence[_Array | None], scale: float, /
 ) -> None: ...

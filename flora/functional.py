@@ -148,6 +148,7 @@ class _Fused(torch.autograd.Function):
             return None, None, None, *_grads(y, (x, weight, bias, core, *factors), needs, dy)
         op, tucker = ctx.op, Tucker(core, tuple(factors), ctx.scale)
         dx, dw, db = op.base_backward(dy, x, weight, needs[:3])
+        dw = None if dw is None else dw.to(weight.dtype)
         if mask is None:
             dx = None if dx is None else (dx.contiguous() if op is LINEAR or op is ADDMM else conv_layout(dx))
             return None, None, None, dx, dw, db, *op.update_backward(dx, dy, x, h, tucker, needs[3:])
@@ -196,7 +197,7 @@ class _Effective(torch.autograd.Function):
             parts = ctx.op.update_backward(None, dy, x, None, tucker, needs[3:])
         else:
             parts = project(dw, tucker, needs[3:])
-        return None, None, None, dx, dw if needs[1] else None, db, *parts
+        return None, None, None, dx, dw.to(weight.dtype) if needs[1] and dw is not None else None, db, *parts
 
 
 class _Reconstruct(torch.autograd.Function):

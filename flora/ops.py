@@ -144,14 +144,20 @@ class ConvOp(NamedTuple):
     def base_backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of (x, weight, bias), each None unless ``needs`` it."""
+        """Gradients of (x, weight, bias), each None unless ``needs`` it; that of the weight may be in float32."""
         if not any(needs):
             return None, None, None
+        in_c = needs[1] and self.groups > 1 and weight.shape[1] <= FEW_CHANNELS
+        dw = None
+        if in_c:
+            dw = torch.empty(weight.shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+            _core.conv_weight_gradient(dw, _resolved(dy), _resolved(x), *self._arguments())
+            needs = (needs[0], False, needs[2])
         with torch.enable_grad():  # the graph of the padding alone, where there is one
             source = x.detach().requires_grad_(needs[0])
             padded, padding = self._pad(source)
         zero = [0] * len(self.stride)
-        dx, dw, db = torch.ops.aten.convolution_backward(
+        dx, dw_torch, db = torch.ops.aten.convolution_backward(
             dy,
             padded.detach(),
             weight,
@@ -166,7 +172,7 @@ class ConvOp(NamedTuple):
         )
         if needs[0] and padded is not source:
             (dx,) = torch.autograd.grad(padded, source, dx)
-        return dx, dw, db
+        return dx, dw if in_c else dw_torch, db
 
     def update_(self, y: Tensor, x: Tensor, tucker: Tucker, want_h: bool) -> tuple[Tensor, Tensor | None]:
         """y += s·ΔW * x in C; returns y and, for backward, h: the projected and padded input, channels last."""
@@ -259,6 +265,11 @@ def same_padding(kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, .
         total = d * (k - 1)
         pairs += [total // 2, total - total // 2]
     return tuple(pairs)
+
+
+FEW_CHANNELS = 8
+"""Up to so many input channels a group, a convolution's weight gradient is formed in C: PyTorch's takes many times the
+forward's time for them, and for more it is a matrix product, which PyTorch does well."""
 
 
 def zero_output(op: Op, x: Tensor, factors: Sequence[Tensor]) -> Tensor:

@@ -16,8 +16,8 @@ SKINNY = 1.6
 BYTE = 6.0
 """Flops of a large product in the time in which one byte comes from or goes to memory."""
 
-GROUPED = 12.0
-"""Cost of a flop in PyTorch's weight gradient of a convolution with few channels a group."""
+GROUPED = 6.0
+"""Cost of a flop in a grouped convolution, whose loops have little to share."""
 
 CALL = 2.0e5
 """Flops in the time of one more operation: a tensor allocated, a kernel started."""

@@ -200,6 +200,25 @@ def tucker_conv_backward(
                 out.copy_(grad)
 
 
+def conv_weight_gradient(
+    d_weight: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    padding_mode: str,
+) -> None:
+    """The weight gradient (d_out, d_in/groups, *k) of a convolution of x for dy, written to d_weight."""
+    padded = pad_input(x.detach().to(d_weight.dtype), padding, padding_mode)
+    with torch.enable_grad():
+        weight = torch.zeros_like(d_weight).requires_grad_()
+        y = _CONV[weight.ndim - 2](padded, weight, None, tuple(stride), 0, tuple(dilation), groups)
+        (grad,) = torch.autograd.grad(y, weight, dy.to(d_weight.dtype))
+    d_weight.copy_(grad)
+
+
 def tucker_reconstruct(
     out: Tensor, weight: Tensor | None, core: Tensor, factors: Sequence[Tensor | None], scale: float
 ) -> None:

@@ -36,6 +36,7 @@
 #define vec f32v
 #include "gemm.inc.h"
 #include "move.inc.h"
+#include "taps.inc.h"
 #undef act
 #undef ACT_NAME
 
@@ -66,6 +67,7 @@
 #define vec f64v
 #include "gemm.inc.h"
 #include "move.inc.h"
+#include "taps.inc.h"
 #undef act
 #undef real
 #undef vec
@@ -78,11 +80,11 @@
 /* In the order of flora_dtype. */
 const flora_kernels PASTE2(flora_kernels, FLORA_ISA)[4] = {
     {4, 4, F32_LANES, SYMBOL(gemm, f32), SYMBOL(gemm, f32), SYMBOL(copy, f32), SYMBOL(copy, f32), SYMBOL(pack, f32),
-     SYMBOL(transpose, f32), SYMBOL(sum, f32), SYMBOL(add, f32)},
+     SYMBOL(transpose, f32), SYMBOL(sum, f32), SYMBOL(add, f32), SYMBOL(tap_sums, f32)},
     {8, 8, F64_LANES, SYMBOL(gemm, f64), SYMBOL(gemm, f64), SYMBOL(copy, f64), SYMBOL(copy, f64), SYMBOL(pack, f64),
-     SYMBOL(transpose, f64), SYMBOL(sum, f64), SYMBOL(add, f64)},
+     SYMBOL(transpose, f64), SYMBOL(sum, f64), SYMBOL(add, f64), SYMBOL(tap_sums, f64)},
     {2, 4, F32_LANES, SYMBOL(gemm, f32), SYMBOL(gemm, bf16), SYMBOL(widen, bf16), SYMBOL(copy, f32), SYMBOL(pack, f32),
-     SYMBOL(transpose, f32), SYMBOL(sum, f32), SYMBOL(add, f32)},
+     SYMBOL(transpose, f32), SYMBOL(sum, f32), SYMBOL(add, f32), SYMBOL(tap_sums, f32)},
     {2, 4, F32_LANES, SYMBOL(gemm, f32), SYMBOL(gemm, f16), SYMBOL(widen, f16), SYMBOL(copy, f32), SYMBOL(pack, f32),
-     SYMBOL(transpose, f32), SYMBOL(sum, f32), SYMBOL(add, f32)},
+     SYMBOL(transpose, f32), SYMBOL(sum, f32), SYMBOL(add, f32), SYMBOL(tap_sums, f32)},
 };

@@ -1,7 +1,8 @@
 /* The kernel table: what an instruction set offers to the operations in tucker_*.c.
  *
- * There is one multiplication, `gemm`, and a few copies around it. Every product in flora (projections, small
- * convolutions, their gradients, mode products) is that one, with other strides.
+ * There is one multiplication, `gemm`, and a few copies around it. Every product of a Tucker update (projections, small
+ * convolutions, their gradients, mode products) is that one, with other strides. Only the weight gradient of a grouped
+ * convolution, which has no product in it, has a body of its own, `tap_sums`.
  *
  * Here "act" is the activation type (float, double, or bfloat16 and float16 as 16 raw bits) and "real" the compute type
  * (double for double, else float). Kernels allocate nothing, know no threads, and check nothing.
@@ -29,6 +30,18 @@ typedef struct {
     int64_t c_m;                    /* row stride of c and c_in */
 } flora_gemm;
 
+/* sums (rows, columns, lanes) += sum over lines and pixels of dy (line, pixel, lanes) · x (line, pixel, at tap, lanes)
+ *
+ * All real; the taps of row r start row_at[r] after x, its columns follow at tap_step. Strides count reals; a pixel of
+ * dy follows the one before it. */
+typedef struct {
+    int64_t lines, pixels, rows, columns;
+    const void *dy, *x;
+    int64_t dy_line, x_line, x_pixel, tap_step;
+    const int64_t *row_at;
+    void *sums;
+} flora_tap_sums;
+
 typedef struct {
     size_t act_size, real_size; /* bytes */
     int64_t lanes;              /* reals in a vector: rows of packed matrices are padded to a multiple of it */
@@ -52,6 +65,7 @@ typedef struct {
                 int64_t m, int64_t n, double scale);
     /* to (n) real += from (n) real */
     void (*add)(void *to, const void *from, int64_t n);
+    void (*tap_sums)(const flora_tap_sums *sums);
 } flora_kernels;
 
 /* One table an instruction set, indexed by flora_dtype. */
