@@ -666,12 +666,12 @@ def test_isa_from_the_environment():
     assert "FLORA_ISA is v9, which names no instruction set" in run("v9").stderr
 
 
-@pytest.mark.parametrize("function", [name for name in dir(_core) if name.startswith("tucker_")])
+@pytest.mark.parametrize("function", [n for n in dir(_core) if n[0] != "_" and n not in ("info", "set_isa")])
 def test_number_of_arguments(function):
     with pytest.raises(TypeError, match=rf"^{function}\(\) takes exactly \d+ positional arguments \(2 given\)"):
         getattr(_core, function)(None, None)
     with pytest.raises(TypeError, match="keyword"):
-        getattr(_core, function)(scale=1.0)
+        getattr(_core, function)(x=1.0)
 
 
 def test_calls_from_several_threads():

@@ -20,7 +20,11 @@ from torch import Tensor
 from flora import _core, reference
 from flora.functional import compute_dtype
 
-NAMES = {name: tuple(inspect.signature(f).parameters) for name, f in vars(reference).items() if name[:7] == "tucker_"}
+NAMES = {
+    name: tuple(inspect.signature(getattr(reference, name)).parameters)
+    for name in dir(_core)
+    if name[0] != "_" and name not in ("info", "set_isa")
+}
 GUARD = 7.25
 DIMS = st.sampled_from((0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65))  # around the widths of vectors
 RANKS = DIMS.filter(bool)
@@ -98,10 +102,10 @@ class Case:
     def expect(self):
         """The exact outputs and the sums of the magnitudes of their terms, in float64."""
         exact = self.call(reference, lambda t: t.double().clone(memory_format=torch.contiguous_format))
-        scale = self.arguments["scale"]
-        self.arguments["scale"] = abs(scale)
+        arguments = self.arguments
+        self.arguments = arguments | {"scale": abs(arguments.get("scale", 1.0))}
         magnitude = self.call(reference, lambda t: t.double().abs().clone(memory_format=torch.contiguous_format))
-        self.arguments["scale"] = scale
+        self.arguments = arguments
         return exact, magnitude
 
     def check(self):
@@ -220,6 +224,14 @@ def conv_backward(case, *sizes):
     gradients(case, conv_h(case))
 
 
+def weight_gradient(case, *sizes):
+    shape = convolution(case, sizes)
+    a = case.arguments
+    u_in, core, u_out = (a.pop(name) for name in ("u_in", "core", "u_out"))
+    a["dy"] = case.input(*shape, dtype=case.dtype)
+    a["d_weight"] = case.output("d_weight", u_out.shape[0], u_in.shape[0], *core.shape[2:])
+
+
 def tucker(case, dims):
     """A core and its factors; order 1 to 5."""
     a = case.arguments
@@ -263,6 +275,7 @@ BUILDERS = {
     "tucker_linear_backward": linear_backward,
     "tucker_conv_forward": conv_forward,
     "tucker_conv_backward": conv_backward,
+    "conv_weight_gradient": weight_gradient,
     "tucker_reconstruct": reconstruct,
     "tucker_reconstruct_backward": reconstruct_backward,
 }
@@ -270,22 +283,23 @@ BUILDERS = {
 # Large enough that every function uses more than one thread; odd sizes leave remainders everywhere.
 LARGE_CONV = (3, 1, 37, 41, 9, 11, (3, 3), (1, 2), (1, 0, 1, 2), (1, 1), "zeros", (33, 47))
 LARGE_GROUPS = (2, 3, 19, 21, 8, 6, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), "reflect", (41, 37))
+LARGE_DEPTHWISE = (3, 37, 1, 1, 1, 1, (3, 3), (2, 1), (1, 0, 1, 2), (1, 1), "zeros", (43, 39))
 LARGE = [
     *(("tucker_linear_forward", sizes) for sizes in ((2051, 67, 93, 16, 16), (517, 129, 301, 7, 21))),
     *(("tucker_linear_backward", sizes) for sizes in ((2051, 67, 93, 16, 16), (517, 129, 301, 7, 21))),
     *(("tucker_conv_forward", sizes) for sizes in (LARGE_CONV, LARGE_GROUPS)),
     *(("tucker_conv_backward", sizes) for sizes in (LARGE_CONV, LARGE_GROUPS)),
+    *(("conv_weight_gradient", sizes) for sizes in (LARGE_DEPTHWISE, LARGE_GROUPS)),
     *(("tucker_reconstruct", dims) for dims in ((517, 301), (131, 77, 3, 5))),
     *(("tucker_reconstruct_backward", dims) for dims in ((517, 301), (131, 77, 3, 5))),
 ]
-SUMS_OVER_ROWS = ("d_u_in", "d_core", "d_u_out", "d_factors")
+SUMS_OVER_ROWS = ("d_u_in", "d_core", "d_u_out", "d_factors", "d_weight")
 
 # Tests ---------------------------------------------------------------------------------------------------------------
 
 
 def test_registry():
-    functions = {name for name in dir(_core) if name.startswith("tucker_")}
-    assert functions == set(BUILDERS) == set(NAMES)
+    assert set(BUILDERS) == set(NAMES)
 
 
 @pytest.mark.parametrize("function", BUILDERS)
@@ -448,6 +462,9 @@ BAD = [
     ("tucker_conv_forward", "y", lambda a: a["y"][:, :, 1:], ValueError, "y must have shape"),
     ("tucker_conv_backward", "d_u_out", lambda a: a["d_u_out"][1:], ValueError, "d_u_out must have shape"),
     ("tucker_conv_backward", "x", lambda a: a["x"][..., 0], ValueError, "x must have 4 dimensions"),
+    ("conv_weight_gradient", "d_weight", lambda a: a["d_weight"][1:], ValueError, "d_weight|groups|dy"),
+    ("conv_weight_gradient", "x", lambda a: a["x"].double(), TypeError, "float64"),
+    ("conv_weight_gradient", "groups", lambda a: 2, ValueError, "groups"),
     ("tucker_reconstruct", "factors", lambda a: a["factors"][:1], ValueError, "out must have 1 dimensions, not shape"),
     ("tucker_reconstruct", "factors", lambda a: a["factors"] * 3, ValueError, "factors has 6 entries, at most 5"),
     ("tucker_reconstruct", "factors", lambda a: a["factors"][::-1], ValueError, r"factors\[0\] must have"),
@@ -468,7 +485,7 @@ BAD_SIZES = {
 @pytest.mark.parametrize(("function", "name", "wrong", "error", "match"), BAD)
 def test_bad_arguments_are_named_and_nothing_is_written(function, name, wrong, error, match):
     case = Case(function, torch.float32)
-    BUILDERS[function](case, *BAD_SIZES[function.split("_")[1]])
+    BUILDERS[function](case, *BAD_SIZES[next(kind for kind in BAD_SIZES if kind in function)])
     if (function, name) == ("tucker_linear_backward", "x"):
         case.arguments["h"] = None
     case.arguments[name] = wrong(case.arguments)

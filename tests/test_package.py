@@ -92,5 +92,5 @@ def test_the_stub_agrees_with_the_extension():
         assert not arguments.args + arguments.kwonlyargs, name
         assert all(p.kind is p.POSITIONAL_ONLY for p in parameters.values()), name
         assert defined[name].__doc__, name
-        if name.startswith("tucker_"):
+        if name not in ("info", "set_isa"):
             assert list(inspect.signature(getattr(reference, name)).parameters) == list(parameters), name
