@@ -190,6 +190,9 @@ flora_status flora_check_geometry(const flora_geometry *geometry, char *error) {
         if (geometry->padding[i][0] < 0 || geometry->padding[i][1] < 0)
             return flora_fail(error, FLORA_BAD_VALUE, "padding must not be negative, but is (%lld, %lld)",
                               (long long)geometry->padding[i][0], (long long)geometry->padding[i][1]);
+        if (geometry->padding[i][0] > INT64_MAX / 4 || geometry->padding[i][1] > INT64_MAX / 4)
+            return flora_fail(error, FLORA_BAD_VALUE, "padding (%lld, %lld) is too large",
+                              (long long)geometry->padding[i][0], (long long)geometry->padding[i][1]);
     }
     if (geometry->mode < FLORA_PAD_ZEROS || geometry->mode > FLORA_PAD_CIRCULAR)
         return flora_fail(error, FLORA_BAD_VALUE, "there is no padding mode %d", (int)geometry->mode);
