@@ -10,7 +10,7 @@ from flora import _core
 
 hypothesis.settings.register_profile(
     "dev",
-    max_examples=int(os.environ.get("FLORA_TEST_EXAMPLES", "20")),
+    max_examples=int(os.environ.get("FLORA_TEST_EXAMPLES", "15")),
     deadline=None,  # the first example of a test pays for imports and caches
     database=None,
     print_blob=True,  # examples are new in every run, and differ between the parameters of a test
