@@ -171,8 +171,7 @@ flora_status flora_expect_disjoint(const flora_named *outputs, int output_count,
     return FLORA_OK;
 }
 
-/* Geometry -----------------------------------------------------------------------------------------------------------
- */
+/* Geometry ------------------------------------------------------------------------------------------------------ */
 
 flora_status flora_check_geometry(const flora_geometry *geometry, char *error) {
     if (geometry->ndim < 1 || geometry->ndim > FLORA_MAX_SPATIAL)
