@@ -13,7 +13,8 @@ hypothesis.settings.register_profile(
     max_examples=int(os.environ.get("FLORA_TEST_EXAMPLES", "15")),
     deadline=None,  # the first example of a test pays for imports and caches
     database=None,
-    print_blob=True,  # examples are new in every run, and differ between the parameters of a test
+    derandomize="FLORA_TEST_EXAMPLES" not in os.environ,  # given, the examples are new in every run
+    print_blob=True,
 )
 hypothesis.settings.load_profile("dev")
 
