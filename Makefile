@@ -37,8 +37,8 @@ demo: $(BUILT)
 bench: $(BUILT)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# A build of its own beside the normal one. The tests run from its folder, so that it is the one they import. What
-# Python itself never frees is no leak of ours, and freed memory is held only briefly, as some tests watch the process grow.
+# A build of its own beside the normal one. The tests run from its folder, so that it is the one they import. What Python
+# itself never frees is no leak of ours, and freed memory is held only briefly, as some tests watch the process grow.
 sanitize: $(INSTALLED)
 	rm -rf $(SANITIZED)
 	FLORA_DEVELOP=1 FLORA_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED)/objects \
