@@ -59,7 +59,7 @@ static int borrow_one(call *c, PyObject *object, const char *name, int index, in
     if (object == Py_None && (flags & OPTIONAL) != 0) {
         return 0;
     }
-    flora_borrower who = {c->function, name, index, (flags & OUT) != 0};
+    flora_borrower who = {c->function, name, index, (flags & OUT) != 0, c->boundary->array_error};
     if (flora_borrow(c->boundary, object, who, &c->loans[c->count]) < 0) {
         return -1;
     }
@@ -246,7 +246,7 @@ PyDoc_STRVAR(
     "the version counter of a written torch tensor is incremented.\n"
     "\n"
     "Raises ValueError (shape, strides, scale, an output that is read-only, requires grad or shares memory with\n"
-    "another argument), TypeError (dtype or type), BufferError (device, or an array that cannot be borrowed);\n"
+    "another argument), TypeError (dtype or type), ArrayError (device, or an array that cannot be borrowed);\n"
     "nothing has been written then.\n"
     "\n"
     "Source: FLoRA, arXiv 2405.14739, the Tucker update of a matrix, applied without forming it.");
@@ -554,7 +554,10 @@ static int module_exec(PyObject *module) {
                                                  "set; it is ignored",
                                                  getenv("FLORA_ISA")) < 0)
         return -1;
-    return flora_boundary_init(&((module_state *)PyModule_GetState(module))->boundary);
+    flora_boundary *boundary = &((module_state *)PyModule_GetState(module))->boundary;
+    if (flora_boundary_init(boundary) < 0)
+        return -1;
+    return PyModule_AddObjectRef(module, "ArrayError", boundary->array_error);
 }
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg) {

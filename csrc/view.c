@@ -57,7 +57,7 @@ static int refuse_type(const flora_borrower *who, PyObject *object, const char *
     return -1;
 }
 
-/* A producer has raised: BufferError that names the argument and quotes the first line (torch adds a C++ trace), with
+/* A producer has raised: ArrayError that names the argument and quotes the first line (torch adds a C++ trace), with
  * the producer's error as its cause. `kind` (a str or NULL) says more about the array. Errors that are not about it
  * (KeyboardInterrupt, MemoryError) pass. */
 static int refuse_raised(const flora_borrower *who, PyObject *kind) {
@@ -79,7 +79,7 @@ static int refuse_raised(const flora_borrower *who, PyObject *kind) {
         line = PyUnicode_Substring(text, 0, end < 0 ? PyUnicode_GetLength(text) : end);
     }
     if (line != NULL) {
-        refuse(PyExc_BufferError, who, "cannot be borrowed%V: %U", kind, "", line);
+        refuse(who->array_error, who, "cannot be borrowed%V: %U", kind, "", line);
     }
     Py_XDECREF(line);
     Py_XDECREF(text);
@@ -141,7 +141,7 @@ static int fill_view(flora_loan *loan, void *data, uint64_t byte_offset, flora_d
         return refuse(PyExc_ValueError, who, "has %d dimensions, at most %d are taken", ndim, FLORA_MAX_NDIM);
     }
     if (ndim > 0 && shape == NULL) {
-        return refuse(PyExc_BufferError, who, "has %d dimensions but no shape", ndim);
+        return refuse(who->array_error, who, "has %d dimensions but no shape", ndim);
     }
     view->dtype = dtype;
     view->ndim = ndim;
@@ -199,9 +199,9 @@ static int fill_from_dlpack(flora_loan *loan, const DLTensor *tensor) {
     DLDataType dtype = tensor->dtype;
     flora_dtype ours;
     if (tensor->device.device_type != kDLCPU) {
-        return refuse(PyExc_BufferError, &loan->who, "is on device %s:%d (DLPack's device type %d), not in CPU memory",
-                      device_name(tensor->device.device_type), (int)tensor->device.device_id,
-                      (int)tensor->device.device_type);
+        return refuse(
+            loan->who.array_error, &loan->who, "is on device %s:%d (DLPack's device type %d), not in CPU memory",
+            device_name(tensor->device.device_type), (int)tensor->device.device_id, (int)tensor->device.device_type);
     }
     if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 32) {
         ours = FLORA_F32;
@@ -284,7 +284,7 @@ static int fill_from_managed(flora_loan *loan) {
     }
     const DLManagedTensorVersioned *tensor = loan->managed;
     if (tensor->version.major != DLPACK_MAJOR) {
-        return refuse(PyExc_BufferError, &loan->who, "comes in DLPack version %u.%u, only %d.x is known",
+        return refuse(loan->who.array_error, &loan->who, "comes in DLPack version %u.%u, only %d.x is known",
                       (unsigned)tensor->version.major, (unsigned)tensor->version.minor, DLPACK_MAJOR);
     }
     if (loan->who.output && (tensor->flags & DLPACK_FLAG_READ_ONLY) != 0) {
@@ -301,7 +301,8 @@ static int open_capsule(flora_loan *loan, PyObject *capsule) {
     if (!PyCapsule_CheckExact(capsule)) {
         PyObject *name = PyType_GetQualName(Py_TYPE(capsule));
         if (name != NULL) {
-            refuse(PyExc_BufferError, &loan->who, "cannot be borrowed: its __dlpack__ returned %U, no capsule", name);
+            refuse(loan->who.array_error, &loan->who, "cannot be borrowed: its __dlpack__ returned %U, no capsule",
+                   name);
             Py_DECREF(name);
         }
         return -1;
@@ -312,10 +313,10 @@ static int open_capsule(flora_loan *loan, PyObject *capsule) {
     } else if (name != NULL && strcmp(name, DLPACK_PLAIN) == 0) {
         used = DLPACK_PLAIN_USED;
     } else if (name != NULL && (strcmp(name, DLPACK_VERSIONED_USED) == 0 || strcmp(name, DLPACK_PLAIN_USED) == 0)) {
-        return refuse(PyExc_BufferError, &loan->who, "cannot be borrowed: its DLPack capsule was consumed already");
+        return refuse(loan->who.array_error, &loan->who, "cannot be borrowed: its DLPack capsule was consumed already");
     } else {
-        return refuse(PyExc_BufferError, &loan->who, "cannot be borrowed: its __dlpack__ returned a capsule named %s",
-                      name != NULL ? name : "NULL");
+        return refuse(loan->who.array_error, &loan->who,
+                      "cannot be borrowed: its __dlpack__ returned a capsule named %s", name != NULL ? name : "NULL");
     }
     void *managed = PyCapsule_GetPointer(capsule, name);
     if (managed == NULL || PyCapsule_SetName(capsule, used) < 0) {
@@ -374,7 +375,7 @@ static int borrow_exchange(flora_loan *loan, const DLPackExchangeAPI *api, PyObj
     DLManagedTensorVersioned *managed = NULL;
     if (api->managed_tensor_from_py_object_no_sync(object, &managed) != 0 || managed == NULL) {
         if (!PyErr_Occurred()) {
-            return refuse(PyExc_BufferError, &loan->who, "cannot be borrowed: its exchange API gave no tensor");
+            return refuse(loan->who.array_error, &loan->who, "cannot be borrowed: its exchange API gave no tensor");
         }
         return refuse_raised(&loan->who, NULL);
     }
@@ -594,6 +595,19 @@ int flora_boundary_uses_exchange_api(flora_boundary *boundary) {
 int flora_boundary_init(flora_boundary *boundary) {
     memset(boundary, 0, sizeof *boundary);
     import_array1(-1);
+    PyObject *bases = PyTuple_Pack(2, PyExc_BufferError, PyExc_ValueError);
+    if (bases == NULL) {
+        return -1;
+    }
+    boundary->array_error = PyErr_NewExceptionWithDoc(
+        "flora._core.ArrayError",
+        "An array cannot be borrowed: it is on another device, or its producer does not keep to DLPack.\n"
+        "A BufferError, as the array API standard wants it, and a ValueError.",
+        bases, NULL);
+    Py_DECREF(bases);
+    if (boundary->array_error == NULL) {
+        return -1;
+    }
     const struct {
         PyObject **at;
         const char *text;
@@ -612,6 +626,7 @@ int flora_boundary_init(flora_boundary *boundary) {
 }
 
 int flora_boundary_traverse(flora_boundary *boundary, visitproc visit, void *arg) {
+    Py_VISIT(boundary->array_error);
     Py_VISIT(boundary->tensor);
     Py_VISIT(boundary->parameter);
     Py_VISIT(boundary->increment_version);
@@ -623,6 +638,7 @@ int flora_boundary_traverse(flora_boundary *boundary, visitproc visit, void *arg
 }
 
 void flora_boundary_clear(flora_boundary *boundary) {
+    Py_CLEAR(boundary->array_error);
     Py_CLEAR(boundary->tensor);
     Py_CLEAR(boundary->parameter);
     Py_CLEAR(boundary->increment_version);

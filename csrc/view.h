@@ -21,6 +21,7 @@ struct flora_cached_api {
 
 /* What the module remembers between calls; one for each module object. */
 typedef struct {
+    PyObject *array_error;        /* the exception ArrayError */
     PyObject *tensor, *parameter; /* torch.Tensor and torch.nn.Parameter once torch is imported, else NULL */
     PyObject *increment_version, *is_grad_enabled;
     const void *torch_api; /* torch.Tensor's exchange table, or NULL */
@@ -32,6 +33,7 @@ typedef struct {
 typedef struct {
     const char *function, *name;
     int index, output;
+    PyObject *array_error; /* borrowed from the boundary */
 } flora_borrower;
 
 typedef struct {

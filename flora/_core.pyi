@@ -12,6 +12,8 @@ class _SupportsDLPack(Protocol):
 
 _Array: TypeAlias = Tensor | NDArray[np.floating[Any]] | _SupportsDLPack
 
+class ArrayError(BufferError, ValueError): ...
+
 class _Info(TypedDict):
     isa: str
     isa_available: list[str]

@@ -107,9 +107,13 @@ def test_lazily_negated():
         (lambda: torch.zeros(4, dtype=torch.int64), TypeError, "has dtype int64"),
         (lambda: torch.zeros(4, dtype=torch.bool), TypeError, "has dtype bool8"),
         (lambda: torch.zeros(4, dtype=torch.float8_e4m3fn), TypeError, "has 8-bit elements of DLPack's type 10"),
-        (lambda: torch.zeros(4, device="meta"), BufferError, r"cannot be borrowed \(torch.float32.* device meta\)"),
-        (lambda: torch.eye(4).to_sparse(), BufferError, r"cannot be borrowed \(.*torch.sparse_coo"),
-        (lambda: torch.ones(4).to_mkldnn(), BufferError, r"cannot be borrowed \(.*torch._mkldnn"),
+        (
+            lambda: torch.zeros(4, device="meta"),
+            _core.ArrayError,
+            r"cannot be borrowed \(torch.float32.*device meta\)",
+        ),
+        (lambda: torch.eye(4).to_sparse(), _core.ArrayError, r"cannot be borrowed \(.*torch.sparse_coo"),
+        (lambda: torch.ones(4).to_mkldnn(), _core.ArrayError, r"cannot be borrowed \(.*torch._mkldnn"),
         (lambda: torch.zeros([1] * 9), ValueError, "has 9 dimensions, at most 8"),
         (lambda: torch._efficientzerotensor(4), ValueError, "has 4 elements but no memory"),
         (lambda: torch._to_functional_tensor(torch.zeros(4)), ValueError, "has 4 elements but no memory"),
@@ -127,10 +131,10 @@ def test_other_kinds_of_tensor(make, error, match):
     [
         (
             lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.quint8),
-            BufferError,
+            _core.ArrayError,
             r"cannot be borrowed \(torch.quint8",
         ),
-        (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), BufferError, "cannot be borrowed"),
+        (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), _core.ArrayError, "cannot be borrowed"),
         (
             lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
             TypeError,
@@ -163,7 +167,7 @@ def test_wrappers_of_torch_func():
 
     def look(x):
         with torch.no_grad():
-            refused((ValueError, BufferError), "", out=None, weight=x)
+            refused((ValueError, _core.ArrayError), "", out=None, weight=x)
         seen.append(type(x))
         return x.sum()
 
@@ -376,8 +380,8 @@ def test_capsule_without_elements_needs_no_memory():
     ("fields", "error", "match"),
     [
         ({"data": None}, ValueError, "has 4 elements but no memory"),
-        ({"device_type": 2, "device_id": 3}, BufferError, r"is on device cuda:3 \(DLPack's device type 2\)"),
-        ({"device_type": 12}, BufferError, r"is on device .* \(DLPack's device type 12\)"),
+        ({"device_type": 2, "device_id": 3}, _core.ArrayError, r"is on device cuda:3 \(DLPack's device type 2\)"),
+        ({"device_type": 12}, _core.ArrayError, r"is on device .* \(DLPack's device type 12\)"),
         ({"lanes": 4}, TypeError, "has elements of 4 lanes"),
         ({"lanes": 0}, TypeError, "has elements of 0 lanes"),
         ({"code": 0}, TypeError, "has dtype int32"),
@@ -396,8 +400,8 @@ def test_capsule_without_elements_needs_no_memory():
         ({"byte_offset": 2**63}, ValueError, "has extents whose size in bytes overflows"),
         ({"data": 2**64 - 16, "shape": (2**20,)}, ValueError, "has extents whose size in bytes overflows"),
         ({"byte_offset": 2}, ValueError, "is misaligned"),
-        ({"version": (2, 0)}, BufferError, r"comes in DLPack version 2.0, only 1.x is known"),
-        ({"version": (0, 8)}, BufferError, r"comes in DLPack version 0.8"),
+        ({"version": (2, 0)}, _core.ArrayError, r"comes in DLPack version 2.0, only 1.x is known"),
+        ({"version": (0, 8)}, _core.ArrayError, r"comes in DLPack version 0.8"),
         ({"flags": 1}, ValueError, "is a read-only array"),
         ({"flags": 2}, ValueError, "was exported as a copy"),
     ],
@@ -409,7 +413,7 @@ def test_capsules_that_are_refused(fields, error, match):
 def test_capsule_without_shape():
     producer = Producer()
     producer.managed.dl_tensor.shape = None
-    producer.refused(BufferError, "has 1 dimensions but no shape")
+    producer.refused(_core.ArrayError, "has 1 dimensions but no shape")
 
 
 def test_read_only_capsules_are_inputs():
@@ -424,7 +428,7 @@ def test_a_capsule_is_consumed_once(name):
     write(out)
     used = out.capsule
     out.__class__ = type("Again", (Producer,), {"__dlpack__": lambda self, **keywords: used})
-    with pytest.raises(BufferError, match="out cannot be borrowed: its DLPack capsule was consumed already"):
+    with pytest.raises(_core.ArrayError, match="out cannot be borrowed: its DLPack capsule was consumed already"):
         write(out)
     assert out.deleted == 1
 
@@ -443,7 +447,7 @@ def test_rubbish_instead_of_a_capsule(result, match):
         def __dlpack__(self, **keywords):
             return result
 
-    refused(BufferError, f"cannot be borrowed: {match}", out=Rubbish(), weight=Rubbish())
+    refused(_core.ArrayError, f"cannot be borrowed: {match}", out=Rubbish(), weight=Rubbish())
 
 
 @pytest.mark.parametrize("error", [RuntimeError, TypeError, BufferError, AttributeError, ZeroDivisionError])
@@ -453,7 +457,7 @@ def test_a_producer_that_raises(error):
             raise error("no memory on this planet\nsecond line")
 
     with pytest.raises(
-        BufferError, match=r"^tucker_reconstruct: out cannot be borrowed: no memory on this planet$"
+        _core.ArrayError, match=r"^tucker_reconstruct: out cannot be borrowed: no memory on this planet$"
     ) as info:
         write(Raising())
     assert type(info.value.__cause__) is error
@@ -583,7 +587,7 @@ def test_exchange_api_of_an_older_or_newer_version():
 
 def test_exchange_api_that_fails_without_an_error():
     out = framework(result=-1)()
-    refused(BufferError, "cannot be borrowed: its exchange API gave no tensor", out=out)
+    refused(_core.ArrayError, "cannot be borrowed: its exchange API gave no tensor", out=out)
     assert out.deleted == 0
 
 
@@ -666,7 +670,7 @@ def test_isa_from_the_environment():
     assert "FLORA_ISA is v9, which names no instruction set" in run("v9").stderr
 
 
-@pytest.mark.parametrize("function", [n for n in dir(_core) if n[0] != "_" and n not in ("info", "set_isa")])
+@pytest.mark.parametrize("function", [n for n in dir(_core) if n[0] in "ct"])
 def test_number_of_arguments(function):
     with pytest.raises(TypeError, match=rf"^{function}\(\) takes exactly \d+ positional arguments \(2 given\)"):
         getattr(_core, function)(None, None)
