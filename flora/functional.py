@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flora import reference
-from flora.ops import ADDMM, LINEAR, Op, Tucker, conv_layout, info, project, reconstruct, zero_output
+from flora.ops import Op, Tucker, info, project, reconstruct, zero_output
 
 __all__ = [
     "Tucker",
@@ -116,7 +116,10 @@ def _add_to(y: Tensor, update: Tensor) -> Tensor:
 
 
 class _Fused(torch.autograd.Function):
-    """y = op(x, W, b) + s·ΔW·x through the factors; keeps x, h and (with dropout) one byte an element of x."""
+    """y = op(x, W, b) + s·ΔW·x through the factors.
+
+    Keeps h, and x if the input's factor or W learns. A dropout mask is drawn again from its seed, never kept.
+    """
 
     @staticmethod
     def forward(
@@ -130,34 +133,51 @@ class _Fused(torch.autograd.Function):
         core: Tensor,
         *factors: Tensor,
     ) -> Tensor:
-        dropped, mask = torch.native_dropout(x, dropout, True) if dropout > 0 else (x, None)
-        want_h = any(ctx.needs_input_grad[6:])
-        y, h = op.update_(op.base(x, weight, bias), dropped, Tucker(core, factors, scale), want_h)
+        needs = ctx.needs_input_grad
         ctx.op, ctx.scale, ctx.dropout = op, scale, dropout
-        ctx.save_for_backward(x, weight, bias, h, mask, core, *factors)
+        ctx.seed = int(torch.randint(2**62, ())) if dropout > 0 else 0
+        dropped = x * _kept(x, dropout, ctx.seed) if dropout > 0 else x
+        y, h = op.update_(op.base(x, weight, bias), dropped, Tucker(core, factors, scale), want_h=any(needs[6:]))
+        of_input = needs[4] or needs[8]  # W; factors[1], the input's
+        ctx.x_like = None if of_input else (x.shape, x.dtype, x.stride())
+        ctx.save_for_backward(x if of_input else None, weight, bias, h, core, *factors)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, bias, h, mask, core, *factors = ctx.saved_tensors
-        needs = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled():  # create_graph: differentiate the twin
-            keep = None if mask is None else mask.to(x.dtype) / (1 - ctx.dropout)
-            y = ctx.op.base(x, weight, bias)
-            y = _add_to(y, ctx.op.twin(x if keep is None else x * keep, Tucker(core, tuple(factors), ctx.scale)))
+        x, weight, bias, h, core, *factors = ctx.saved_tensors
+        op, tucker, needs = ctx.op, Tucker(core, tuple(factors), ctx.scale), ctx.needs_input_grad[3:]
+        create_graph = torch.is_grad_enabled()
+        if x is None and create_graph:
+            raise RuntimeError(
+                "create_graph needs the layer's input, which is not kept while neither its factor nor the weight learns"
+            )
+        if x is None:  # only its shape and layout matter from here on
+            shape, dtype, stride = ctx.x_like
+            x = torch.empty_strided(shape, stride, dtype=dtype)
+        kept = _kept(x, ctx.dropout, ctx.seed) if ctx.dropout > 0 else None
+        if create_graph:  # differentiate the twin
+            y = _add_to(op.base(x, weight, bias), op.twin(x if kept is None else x * kept, tucker))
             return None, None, None, *_grads(y, (x, weight, bias, core, *factors), needs, dy)
-        op, tucker = ctx.op, Tucker(core, tuple(factors), ctx.scale)
         dx, dw, db = op.base_backward(dy, x, weight, needs[:3])
         dw = None if dw is None else dw.to(weight.dtype)
-        if mask is None:
-            dx = None if dx is None else (dx.contiguous() if op is LINEAR or op is ADDMM else conv_layout(dx))
-            return None, None, None, dx, dw, db, *op.update_backward(dx, dy, x, h, tucker, needs[3:])
-        keep = mask.to(x.dtype) / (1 - ctx.dropout)
+        source = None if ctx.x_like is not None else x
+        if kept is None:
+            dx = None if dx is None else op.writable(dx)
+            return None, None, None, dx, dw, db, *op.update_backward(dx, dy, source, h, tucker, needs[3:])
         d_dropped = None if dx is None else torch.zeros_like(x, memory_format=torch.contiguous_format)
-        d_parts = op.update_backward(d_dropped, dy, x * keep, h, tucker, needs[3:])
+        dropped = None if source is None else source * kept
+        d_parts = op.update_backward(d_dropped, dy, dropped, h, tucker, needs[3:])
         if dx is not None and d_dropped is not None:
-            dx = dx + d_dropped * keep
+            dx = dx + d_dropped * kept
         return None, None, None, dx, dw, db, *d_parts
+
+
+def _kept(x: Tensor, dropout: float, seed: int) -> Tensor:
+    """What dropout multiplies x by: 0 or 1 / (1 - dropout), the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.empty(x.shape, dtype=x.dtype).bernoulli_(1 - dropout, generator=generator)
+    return mask.div_(1 - dropout)
 
 
 class _Effective(torch.autograd.Function):

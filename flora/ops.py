@@ -47,10 +47,14 @@ class LinearOp:
         db = rows.sum(0) if needs[2] else None
         return dx, dw, db
 
+    def writable(self, y: Tensor) -> Tensor:
+        """y in a layout that the kernels write: contiguous rows."""
+        return y.contiguous()
+
     def update_(self, y: Tensor, x: Tensor, tucker: Tucker, want_h: bool) -> tuple[Tensor, Tensor | None]:
-        """y += s·ΔW·x in C; returns y (moved to a contiguous one if it had to be) and h for backward."""
+        """y += s·ΔW·x in C; returns y (a copy if it was not writable) and h for backward."""
         u_out, u_in = tucker.factors
-        y = y.contiguous()
+        y = self.writable(y)
         rows = _rows(x)
         h = u_in.new_empty(rows.shape[0], u_in.shape[1]) if want_h else None
         _core.tucker_linear_forward(
@@ -62,7 +66,7 @@ class LinearOp:
         self,
         dx: Tensor | None,
         dy: Tensor,
-        x: Tensor,
+        x: Tensor | None,
         h: Tensor | None,
         tucker: Tucker,
         needs: Sequence[bool],
@@ -80,7 +84,7 @@ class LinearOp:
             d_core,
             d_u_out,
             _rows(dy),
-            _rows(x),
+            None if x is None else _rows(x),
             h,
             u_in.detach(),
             core.detach(),
@@ -174,9 +178,14 @@ class ConvOp(NamedTuple):
             (dx,) = torch.autograd.grad(padded, source, dx)
         return dx, dw if in_c else dw_torch, db
 
+    def writable(self, y: Tensor) -> Tensor:
+        """y in a layout that the kernels write: unit stride along the channels or the last spatial mode."""
+        unit = y.stride(1) == 1 or y.stride(-1) == 1 or y.numel() == 0 or y.shape[1] == 1 or y.shape[-1] == 1
+        return y if unit else y.contiguous()
+
     def update_(self, y: Tensor, x: Tensor, tucker: Tucker, want_h: bool) -> tuple[Tensor, Tensor | None]:
         """y += s·ΔW * x in C; returns y and, for backward, h: the projected and padded input, channels last."""
-        y, x = conv_layout(y), _resolved(x)
+        y, x = self.writable(y), _resolved(x)
         u_out, u_in = tucker.factors[:2]
         h = None
         if want_h:
@@ -191,7 +200,7 @@ class ConvOp(NamedTuple):
         self,
         dx: Tensor | None,
         dy: Tensor,
-        x: Tensor,
+        x: Tensor | None,
         h: Tensor | None,
         tucker: Tucker,
         needs: Sequence[bool],
@@ -209,7 +218,7 @@ class ConvOp(NamedTuple):
             d_expanded,
             d_u_out,
             _resolved(dy),
-            _resolved(x),
+            None if x is None else _resolved(x),
             h,
             u_in,
             expanded,
@@ -318,12 +327,6 @@ def _resolved(t: Tensor) -> Tensor:
 def _rows(t: Tensor) -> Tensor:
     """t (..., d) as rows (n, d): a view where its strides allow one, else a contiguous copy."""
     return _resolved(t).reshape(-1, t.shape[-1])
-
-
-def conv_layout(y: Tensor) -> Tensor:
-    """y in a layout the kernels write: unit stride along the channels or the last spatial mode."""
-    unit = y.stride(1) == 1 or y.stride(-1) == 1 or y.numel() == 0 or y.shape[1] == 1 or y.shape[-1] == 1
-    return y if unit else y.contiguous()
 
 
 def _expand_core(tucker: Tucker) -> Tensor:

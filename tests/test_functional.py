@@ -363,3 +363,60 @@ print(peak() - before)
 """
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(out.stdout) < 24 * 1024, "KiB above the frozen layer's peak; the weight has 65536"
+
+
+def saved(run):
+    """Bytes that autograd keeps for the backward of run(), each storage once, parameters left out."""
+    storages = {}
+
+    def pack(t):
+        if not isinstance(t, nn.Parameter) and not (t.is_leaf and t.requires_grad):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("case", ["linear", "conv"])
+def test_what_is_kept_for_backward(case):
+    if case == "linear":
+        module, x, h = nn.Linear(256, 256), torch.randn(100, 256), 100 * 4
+    else:
+        module, x, h = nn.Conv2d(32, 48, 3, padding=1), torch.randn(2, 32, 10, 10), 2 * 12 * 12 * 4
+    learned = x.clone().requires_grad_()
+    x_bytes, h_bytes = 4 * x.numel(), 4 * h
+    for trainable, dropout, kept in [
+        (("core", "factors"), 0.0, x_bytes + h_bytes),
+        (("core", "factors"), 0.3, x_bytes + h_bytes),
+        (("core", "out"), 0.0, h_bytes),
+        (("core", "out"), 0.3, h_bytes),
+    ]:
+        config = flora.TuckerConfig(
+            rank=4, plan="fused" if not dropout else "auto", dropout=dropout, trainable=trainable
+        )
+        layer = flora.wrap(module, config)
+        assert saved(lambda: layer(learned * 1.0)) == kept, (trainable, dropout)  # noqa: B023
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("case", ["linear", "conv2d", "conv2d, reflect", "conv2d, groups"])
+def test_gradients_without_x(case, dropout):
+    """With the input's factor and the weight frozen, x is not kept, and every gradient is what it is with x."""
+    op, x_shape, w_shape, ranks = GRADCHECK[case]
+    tucker = random_tucker(w_shape, ranks)
+    x = torch.randn(x_shape, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(w_shape, dtype=torch.float64)
+    grads = []
+    for learns in (True, False):
+        tucker.factors[1].requires_grad_(learns)
+        torch.manual_seed(0)
+        y = functional.adapted(op, x, w, None, tucker, plan="fused", dropout=dropout)
+        inputs = (x, tucker.core, tucker.factors[0], *tucker.factors[2:])
+        grads.append(torch.autograd.grad(y.square().sum(), inputs))
+    for with_x, without in zip(*grads, strict=True):
+        torch.testing.assert_close(without, with_x)
+    with pytest.raises(RuntimeError, match="create_graph needs the layer's input"):
+        y = functional.adapted(op, x, w, None, tucker, plan="fused")
+        torch.autograd.grad(y.sum(), x, create_graph=True)
