@@ -26,7 +26,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Method:
-    """A name for the table, the learning rate that validated best on the digits, and what is done to the network.
+    """A name for the table, a learning rate, and what is done to the network.
 
     ``prepare`` returns the network to train and notes for the reader.
     """
@@ -104,7 +104,8 @@ def _stock(layer: nn.Conv2d) -> nn.Module:
     return nn.Sequential(padding, stock) if isinstance(padding, nn.ZeroPad2d) else stock
 
 
-HEAD_ONLY = Method("head only", 3e-3, head_only)
+# Each learning rate is the best on the digits' validation images, at seed 0, of 1, 3 and 10 times a power of ten.
+HEAD_ONLY = Method("head only", 1e-2, head_only)
 FLORA = Method("FLoRA", 3e-3, flora_tucker)
 LORA = Method("LoRA", 3e-3, peft_lora)
 FULL = Method("full fine-tuning", 3e-4, full)
