@@ -277,7 +277,7 @@ def test_lora_serves_what_peft_accepts_and_names_what_it_refuses() -> None:
         torch.testing.assert_close(model.eval()(x), expected)  # stock convolutions are the same function
     assert "on 33 of 49 convolutions" in notes[0]
     assert "refuses 16, 16 of them depthwise" in notes[1]
-    assert "_blocks.0._depthwise_conv" in notes[1]
+    assert "_blocks.0._depthwise_conv, _blocks.1._depthwise_conv" in notes[1]
     assert all("lora_" in name or HEAD in name for name in learns(model))
 
 

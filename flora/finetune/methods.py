@@ -85,7 +85,8 @@ def peft_lora(model: nn.Module, ranks: Ranks) -> tuple[nn.Module, tuple[str, ...
     notes = [f"LoRA is PEFT {peft.__version__}'s, on {len(accepted)} of {len(layers)} convolutions."]
     if refused:
         depthwise = sum(cast(nn.Conv2d, model.get_submodule(name)).groups > 1 for name in refused)
-        notes.append(f"It refuses {len(refused)}, {depthwise} of them depthwise: {', '.join(refused)}.")
+        names = ", ".join(name.removesuffix(".1") for name in refused)  # of a stock convolution behind its padding
+        notes.append(f"It refuses {len(refused)}, {depthwise} of them depthwise: {names}.")
     return peft.get_peft_model(model, config), tuple(notes)
 
 
