@@ -66,7 +66,10 @@ def _runs_in_c(*tensors: Tensor | None) -> bool:
         return False
     if forward_ad._current_level >= 0:
         return False
-    return all(t is None or (type(t) in _PLAIN and t.device.type == "cpu") for t in tensors)
+    for t in tensors:  # a plain loop: this runs in every call
+        if t is not None and (type(t) not in _PLAIN or not t.is_cpu):
+            return False
+    return True
 
 
 def _dtypes_fit(x: Tensor, weight: Tensor | None, tucker: Tucker) -> bool:
@@ -81,7 +84,9 @@ def _dtypes_fit(x: Tensor, weight: Tensor | None, tucker: Tucker) -> bool:
 
 def _autocast_dtype(device: str) -> torch.dtype | None:
     """The dtype that autocast asks for on this device now, if it is on."""
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if device != "cpu" and not torch.amp.is_autocast_available(device):
+        return None
+    if not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 

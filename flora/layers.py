@@ -138,7 +138,8 @@ class AdaptedLayer(nn.Module):
     def _in_use(self) -> list[Delta]:
         if not self._enabled or self._original:
             return []
-        return [self.deltas[n] for n in self._active]  # type: ignore[misc]
+        deltas = self.deltas._modules
+        return [deltas[n] for n in self._active]  # type: ignore[misc]
 
     @property
     def _label(self) -> str:
@@ -269,10 +270,12 @@ class AdaptedLayer(nn.Module):
         return self._kind.turned(total)
 
     def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:  # the base and the deltas, which every call asks for
+            return modules[name]
         try:
             return super().__getattr__(name)
         except AttributeError:
-            modules = self.__dict__.get("_modules", {})
             base = modules.get("base_layer")
             if base is None:
                 raise
@@ -337,7 +340,7 @@ class AdaptedLayer(nn.Module):
         assert original is not None
         with torch.no_grad():
             value = self._effective(original, [self.deltas[n] for n in self._active])  # type: ignore[misc]
-        combined = nn.Parameter(value.contiguous(), requires_grad=False)
+        combined = nn.Parameter(value, requires_grad=False)
         self._original, self._combined = [original], [combined]
         self._install()
 

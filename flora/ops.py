@@ -58,7 +58,7 @@ class LinearOp:
         rows = _rows(x)
         h = u_in.new_empty(rows.shape[0], u_in.shape[1]) if want_h else None
         _core.tucker_linear_forward(
-            y.view(-1, y.shape[-1]), h, rows, u_in.detach(), tucker.core.detach(), u_out.detach(), tucker.scale
+            y.view(-1, y.shape[-1]), h, rows, u_in, tucker.core, u_out, tucker.scale
         )
         return y, h
 
@@ -86,9 +86,9 @@ class LinearOp:
             _rows(dy),
             None if x is None else _rows(x),
             h,
-            u_in.detach(),
-            core.detach(),
-            u_out.detach(),
+            u_in,
+            core,
+            u_out,
             tucker.scale,
         )
         return d_core, d_u_out, d_u_in
@@ -192,7 +192,7 @@ class ConvOp(NamedTuple):
             pads = zip(x.shape[2:], self.padding[::2], self.padding[1::2], strict=True)
             h = u_in.new_empty(x.shape[0], *(sum(p) for p in pads), self.groups * u_in.shape[1])
         _core.tucker_conv_forward(
-            y, h, x, u_in.detach(), _expand_core(tucker), u_out.detach(), tucker.scale, *self._arguments()
+            y, h, x, u_in, _expand_core(tucker), u_out, tucker.scale, *self._arguments()
         )
         return y, h
 
@@ -206,7 +206,7 @@ class ConvOp(NamedTuple):
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:
         """dx += … in C (in place), and the gradients of (core, u_out, u_in, *u_k), each None unless ``needs`` it."""
-        u_out, u_in, *u_k = (f.detach() for f in tucker.factors)
+        u_out, u_in, *u_k = tucker.factors
         expanded = _expand_core(tucker)
         of_kernel = any(needs[3:])
         d_expanded = torch.empty_like(expanded) if needs[0] or of_kernel else None
@@ -231,7 +231,7 @@ class ConvOp(NamedTuple):
         if d_expanded is not None:
             factors = (None, None, *u_k)
             _core.tucker_reconstruct_backward(
-                d_core, (None, None, *d_k), d_expanded, tucker.core.detach(), factors, 1.0
+                d_core, (None, None, *d_k), d_expanded, tucker.core, factors, 1.0
             )
         return d_core, d_u_out, d_u_in, *d_k
 
@@ -291,28 +291,26 @@ def zero_output(op: Op, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
 
 
 def reconstruct(weight: Tensor | None, tucker: Tucker) -> Tensor:
-    """W + s·ΔW, a new contiguous tensor of W's dtype (s·ΔW alone in the factors' dtype), in C."""
-    core, factors = tucker.core.detach(), tuple(f.detach() for f in tucker.factors)
+    """W + s·ΔW, a new tensor of W's dtype and layout (s·ΔW alone: in the factors' dtype, contiguous), in C."""
+    core, factors = tucker.core, tucker.factors
     if weight is None:
         out = core.new_empty([f.shape[0] for f in factors])
         _core.tucker_reconstruct(out, None, core, factors, tucker.scale)
         return out
-    out = torch.empty_like(weight, memory_format=torch.contiguous_format, requires_grad=False)
-    out.copy_(weight.detach())
-    _core.tucker_reconstruct(out, out, core, factors, tucker.scale)
+    out = torch.empty_like(weight, requires_grad=False)  # in W's own layout, channels_last and transposed included
+    _core.tucker_reconstruct(out, _resolved(weight), core, factors, tucker.scale)
     return out
 
 
 def project(dw: Tensor, tucker: Tucker, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """The gradient of W' projected on (core, *factors), each None unless ``needs`` it, in C."""
-    core, factors = tucker.core.detach(), tuple(f.detach() for f in tucker.factors)
+    core, factors = tucker.core, tucker.factors
     outs = [
         torch.empty_like(t, memory_format=torch.contiguous_format) if need else None
         for t, need in zip((core, *factors), needs, strict=True)
     ]
     if any(needs):
-        dw = _resolved(dw).contiguous()
-        _core.tucker_reconstruct_backward(outs[0], tuple(outs[1:]), dw, core, factors, tucker.scale)
+        _core.tucker_reconstruct_backward(outs[0], tuple(outs[1:]), _resolved(dw), core, factors, tucker.scale)
     return tuple(outs)
 
 
@@ -320,18 +318,19 @@ def project(dw: Tensor, tucker: Tucker, needs: Sequence[bool]) -> tuple[Tensor |
 
 
 def _resolved(t: Tensor) -> Tensor:
-    """t with a lazy negation carried out, and without its graph: the kernels see storage only."""
-    return t.detach().resolve_neg()
+    """t with a lazy negation carried out: the kernels see storage only."""
+    return t.resolve_neg() if t.is_neg() else t
 
 
 def _rows(t: Tensor) -> Tensor:
     """t (..., d) as rows (n, d): a view where its strides allow one, else a contiguous copy."""
-    return _resolved(t).reshape(-1, t.shape[-1])
+    t = _resolved(t)
+    return t if t.ndim == 2 else t.reshape(-1, t.shape[-1])
 
 
 def _expand_core(tucker: Tucker) -> Tensor:
     """The core with its kernel modes expanded: (r_out, r_in, *k)."""
-    core, kernel_factors = tucker.core.detach(), [f.detach() for f in tucker.factors[2:]]
+    core, kernel_factors = tucker.core, tucker.factors[2:]
     out = core.new_empty(*core.shape[:2], *(f.shape[0] for f in kernel_factors))
     _core.tucker_reconstruct(out, None, core, (None, None, *kernel_factors), 1.0)
     return out

@@ -16,10 +16,67 @@ static void NAME(copy)(void *to_, int64_t to_m, const void *from_, int64_t from_
     }
 }
 
+/* Transposes a square of LANES × LANES in registers. The perfect shuffle: interleaving row i with row i + LANES / 2,
+ * for all i, log2(LANES) times. */
+FLORA_INLINE void PRIVATE(transpose_square)(vec square[LANES]) {
+    vec next[LANES];
+    FLORA_UNROLL
+    for (int step = 1; step < LANES; step *= 2) {
+        FLORA_UNROLL
+        for (int q = 0; q < LANES / 2; q++) {
+            next[2 * q] = REAL(interleave_low)(square[q], square[q + LANES / 2]);
+            next[2 * q + 1] = REAL(interleave_high)(square[q], square[q + LANES / 2]);
+        }
+        FLORA_UNROLL
+        for (int q = 0; q < LANES; q++)
+            square[q] = next[q];
+    }
+}
+
+/* to (n, m) = the transpose of from (m, n), both scratch */
+static void NAME(transpose)(void *to_, int64_t to_n, const void *from_, int64_t from_m, int64_t m, int64_t n) {
+    for (int64_t i = 0; i < m; i += LANES)
+        for (int64_t j = 0; j < n; j += LANES) {
+            vec square[LANES];
+            FLORA_UNROLL
+            for (int q = 0; q < LANES; q++)
+                square[q] = REAL(load)((const real *)from_ + (i + q) * from_m + j);
+            PRIVATE(transpose_square)(square);
+            FLORA_UNROLL
+            for (int q = 0; q < LANES; q++)
+                REAL(store)((real *)to_ + (j + q) * to_n + i, square[q]);
+        }
+}
+
+/* pack's case of unit stride along m: `from` is a row-major (n, m), read in squares. width is a multiple of LANES. */
+static void PRIVATE(pack_transposed)(real *to, int64_t width, const real *from, int64_t from_n, int64_t m, int64_t n,
+                                     real scale) {
+    for (int64_t j = 0; j < width; j += LANES)
+        for (int64_t i = 0; i < m; i += LANES) {
+            const int64_t rows = m - i < LANES ? m - i : LANES;
+            vec square[LANES];
+            for (int64_t q = 0; q < LANES; q++) {
+                if (j + q >= n)
+                    square[q] = (vec){0};
+                else if (rows == LANES)
+                    square[q] = REAL(load)(from + (j + q) * from_n + i);
+                else
+                    square[q] = REAL(load_part)(from + (j + q) * from_n + i, rows);
+            }
+            PRIVATE(transpose_square)(square);
+            for (int64_t q = 0; q < rows; q++)
+                REAL(store)(to + (i + q) * width + j, scale * square[q]);
+        }
+}
+
 /* to (m, width >= n) = scale · from (m, n), then zeros */
 static void NAME(pack)(void *to_, int64_t width, const void *from_, int64_t from_m, int64_t from_n, int64_t m,
                        int64_t n, double scale) {
     const real s = (real)scale;
+    if (from_m == 1 && from_n != 1 && width % LANES == 0) {
+        PRIVATE(pack_transposed)(to_, width, from_, from_n, m, n, s);
+        return;
+    }
     for (int64_t i = 0; i < m; i++) {
         real *to = (real *)to_ + i * width;
         const real *from = (const real *)from_ + i * from_m;
@@ -32,33 +89,6 @@ static void NAME(pack)(void *to_, int64_t width, const void *from_, int64_t from
         for (int64_t j = n; j < width; j++)
             to[j] = 0;
     }
-}
-
-/* to (n, m) = the transpose of from (m, n), both scratch, in squares of LANES × LANES.
- *
- * The perfect shuffle: interleaving row i with row i + LANES / 2, for all i, log2(LANES) times, transposes a square. */
-static void NAME(transpose)(void *to_, int64_t to_n, const void *from_, int64_t from_m, int64_t m, int64_t n) {
-    for (int64_t i = 0; i < m; i += LANES)
-        for (int64_t j = 0; j < n; j += LANES) {
-            vec square[LANES], next[LANES];
-            FLORA_UNROLL
-            for (int q = 0; q < LANES; q++)
-                square[q] = REAL(load)((const real *)from_ + (i + q) * from_m + j);
-            FLORA_UNROLL
-            for (int step = 1; step < LANES; step *= 2) {
-                FLORA_UNROLL
-                for (int q = 0; q < LANES / 2; q++) {
-                    next[2 * q] = REAL(interleave_low)(square[q], square[q + LANES / 2]);
-                    next[2 * q + 1] = REAL(interleave_high)(square[q], square[q + LANES / 2]);
-                }
-                FLORA_UNROLL
-                for (int q = 0; q < LANES; q++)
-                    square[q] = next[q];
-            }
-            FLORA_UNROLL
-            for (int q = 0; q < LANES; q++)
-                REAL(store)((real *)to_ + (j + q) * to_n + i, square[q]);
-        }
 }
 
 /* to (m, n) = scale · Σ_p from_p (m, n), row stride from_m; p ascends, so the result is always the same */

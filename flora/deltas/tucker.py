@@ -81,7 +81,7 @@ class TuckerDelta(Delta):
     @property
     def tucker(self) -> Tucker:
         """The tensors as `flora.functional` takes them."""
-        return Tucker(self.core, tuple(self.factors), self.scale)
+        return Tucker(self.core, tuple(self.factors._parameters.values()), self.scale)  # type: ignore[arg-type]
 
     def adapted(self, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return functional.adapted(op, x, weight, bias, self.tucker, plan=self.config.plan, dropout=self.dropout)
