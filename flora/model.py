@@ -275,12 +275,25 @@ def hold_eval(module: nn.Module, args: Any) -> None:
         module.training = False
 
 
-def warn_unreached(model: nn.Module, args: Any, output: Any) -> None:
-    """A forward hook: after the first training step, warn about deltas that it did not reach."""
+def _watched(model: nn.Module) -> State | None:
+    """The state, where this forward is the training step that is to show that it reaches every delta."""
     state: State | None = model.__dict__.get("_flora_state")
     if state is None or not state.watching or torch.compiler.is_compiling():
-        return
-    if not model.training or not torch.is_grad_enabled():
+        return None
+    return state if model.training and torch.is_grad_enabled() else None
+
+
+def forget_reached(model: nn.Module, args: Any) -> None:
+    """A forward pre-hook: what ran before the first training step, an evaluation say, does not count."""
+    if _watched(model) is not None:
+        for layer in adapted_layers(model).values():
+            layer.reached = False
+
+
+def warn_unreached(model: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook: after the first training step, warn about deltas that it did not reach."""
+    state = _watched(model)
+    if state is None:
         return
     state.watching = False
     missed = [name for name, layer in adapted_layers(model).items() if not layer.reached and _learns(layer)]
@@ -303,6 +316,7 @@ def _hold_base(model: nn.Module) -> None:
         if isinstance(module, _NormBase) and hold_eval not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(hold_eval)
     if warn_unreached not in model._forward_hooks.values():
+        model.register_forward_pre_hook(forget_reached)
         model.register_forward_hook(warn_unreached)
 
 
@@ -310,7 +324,7 @@ def release(root: nn.Module) -> None:
     """Take the hooks of `_hold_base` off every module under a root; what was held follows the root's mode again."""
     for module in root.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook is hold_eval or hook is warn_unreached]:
+            for key in [key for key, hook in hooks.items() if hook in (hold_eval, forget_reached, warn_unreached)]:
                 if hooks.pop(key) is hold_eval:
                     module.training = root.training
 
@@ -351,7 +365,6 @@ def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
 def _activate(model: nn.Module, names: Sequence[str]) -> None:
     for layer in adapted_layers(model).values():
         layer.set_active([name for name in names if name in layer.deltas])
-        layer.reached = False
     for module in saved_modules(model).values():
         module.active = next((name for name in names if name in module.copies), None)
     state = _own_state(model)

@@ -674,6 +674,18 @@ def test_a_delta_that_a_training_step_never_reached_is_warned_about_once():
     assert warn_unreached in model._forward_hooks.values()
 
 
+def test_an_evaluation_with_gradients_does_not_count_as_a_training_step():
+    class EvaluatedOnly(Partial):
+        def forward(self, x):
+            return self.used(x) if self.training else self.unused(self.used(x))
+
+    x, model = torch.ones(2, 4), adapt(EvaluatedOnly(), TuckerConfig(rank=2))
+    model.eval()(x).sum().backward()
+    with pytest.warns(UserWarning, match="did not reach the deltas of unused: they will not learn"):
+        model.train()(x)
+
+
+
 # The rest ----------------------------------------------------------------------------------------------------------
 
 
