@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from flora.effective import METADATA, name_of
 from flora.ops import ADDMM, LINEAR, ConvOp, Op, same_padding
 
 StockCall = Callable[[Op, Tensor, Tensor, Tensor | None], Tensor]
@@ -29,23 +30,6 @@ _CONVOLUTIONS: dict[Any, int] = {
     F.conv2d: 2,
     F.conv3d: 3,
 }
-
-_METADATA = {
-    *("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "layout", "is_cuda", "is_cpu", "is_meta"),
-    *(
-        "size",
-        "dim",
-        "stride",
-        "numel",
-        "is_floating_point",
-        "element_size",
-        "is_contiguous",
-        "get_device",
-        "ndimension",
-    ),
-    *("is_complex", "is_quantized", "is_sparse", "is_mkldnn", "grad_fn", "is_inference", "names", "is_nested"),
-}
-"""What may be asked of a weight without its values."""
 
 
 class Intercept(TorchFunctionMode):
@@ -62,9 +46,10 @@ class Intercept(TorchFunctionMode):
     embedding
         called with (ids, W, everything else of the call) likewise.
     effective
-        returns W + s·ΔW, or whatever is to stand for the weight in any other use; None: other uses stay as they are.
+        returns W + s·ΔW, which stands for the weight in any other use.
 
-    After the forward, ``served`` counts the stock calls and ``replaced`` the other uses.
+    After the forward, ``served`` counts the stock calls and ``replaced`` the other uses; ``learns`` says whether any of
+    them had gradients enabled.
     """
 
     def __init__(
@@ -73,26 +58,25 @@ class Intercept(TorchFunctionMode):
         turned: Callable[[Tensor], Tensor],
         stock: StockCall,
         embedding: Callable[..., Tensor],
-        effective: Callable[[Tensor], Tensor] | None,
+        effective: Callable[[Tensor], Tensor],
     ) -> None:
         super().__init__()
         self.is_weight, self.turned = is_weight, turned
         self.stock, self.embedding, self.effective = stock, embedding, effective
         self.served = self.replaced = 0
-        self._value: Tensor | None = None
+        self.learns = False
+        self._values: dict[bool, Tensor] = {}
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name == "__get__":  # an attribute: named by the descriptor that it belongs to
-            name = getattr(getattr(func, "__self__", None), "__name__", "")
-        if name in _METADATA:
+        if name_of(func) in METADATA:
             return func(*args, **kwargs)
         call = self._stock_call(func, args, kwargs)
         if call is not None:
             self.served += 1
+            self.learns |= torch.is_grad_enabled()
             return call()
         return func(*self._substituted(args), **self._substituted(kwargs))
 
@@ -127,12 +111,14 @@ class Intercept(TorchFunctionMode):
 
     def _substituted(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            if self.effective is None or not self.is_weight(value):
+            if not self.is_weight(value):
                 return value
             self.replaced += 1
-            if self._value is None:
-                self._value = self.effective(value)
-            return self._value
+            grad = torch.is_grad_enabled()
+            self.learns |= grad
+            if grad not in self._values:
+                self._values[grad] = self.effective(value)
+            return self._values[grad]
         if type(value) in (list, tuple):
             return type(value)(self._substituted(v) for v in value)
         if type(value) is dict:

@@ -137,13 +137,16 @@ def _is_transposed_linear(module: nn.Module) -> bool:
 
 
 def _is_opaque_linear(module: nn.Module) -> bool:
-    """A layer with the extents of a linear one whose weight is a method, packed, or not of floating point."""
+    """A layer with the extents of a linear one whose weight is a method, packed in integers or quantised."""
     extents = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if not all(isinstance(extent, int) and extent > 0 for extent in extents):
         return False
-    weight = module.__dict__.get("_parameters", {}).get("weight", None)
+    weight = module._parameters.get("weight")
     if weight is None:
-        return callable(getattr(module, "weight", None))
+        packed = (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
+        return callable(getattr(module, "weight", None)) or any(
+            not t.is_floating_point() and t.ndim > 0 for t in packed
+        )
     return not weight.is_floating_point() or type(weight) is not nn.Parameter
 
 

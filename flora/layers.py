@@ -7,6 +7,7 @@ together: forward, effective weight, merge and unmerge, enabling, state.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.utils import parametrize
 from flora import deltas as _deltas
 from flora.config import DeltaConfig
 from flora.deltas import Delta
+from flora.effective import EffectiveWeight
 from flora.functional import compute_dtype
 from flora.intercept import Intercept
 from flora.kinds import ATTENTION, EMBEDDING, describe, is_adaptable, kind_of, refusal
@@ -79,6 +81,8 @@ class AdaptedLayer(nn.Module):
         self.base_layer = base_layer
         self.deltas = nn.ModuleDict()
         self.training = base_layer.training
+        self._merge_again = False  # set while a state is loaded into a merged layer
+        self.register_load_state_dict_post_hook(_merge_again)  # type: ignore[no-untyped-call]
         for parameter in base_layer.parameters(recurse=kind is not ATTENTION):
             parameter.requires_grad_(False)
 
@@ -164,17 +168,24 @@ class AdaptedLayer(nn.Module):
             return self._call(kind.op(base), args[0], kind.turned(weight), base.bias, deltas)  # type: ignore[arg-type]
         return self._foreign_forward(deltas, args, kwargs)
 
-    def _call(self, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[Delta]) -> Tensor:
+    def _call(
+        self, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[Delta], drop: bool = True
+    ) -> Tensor:
         """The stock operation with every delta on top: the first in the base's own node, the others added to it."""
-        unbatched = isinstance(op, ConvOp) and x.ndim == weight.ndim - 1
-        if unbatched:
-            x = x.unsqueeze(0)
-        if x.ndim == 0 or (isinstance(op, ConvOp) and x.ndim != weight.ndim):
-            return op.base(x, weight, bias)  # which raises PyTorch's own error
-        y = deltas[0].adapted(op, x, weight, bias)
-        for delta in deltas[1:]:
-            y = y + delta.update(op, x).to(y.dtype)
-        return y.squeeze(0) if unbatched else y
+        try:
+            unbatched = isinstance(op, ConvOp) and x.ndim == weight.ndim - 1
+            if unbatched:
+                x = x.unsqueeze(0)
+            if x.ndim == 0 or (isinstance(op, ConvOp) and x.ndim != weight.ndim):
+                return op.base(x, weight, bias)  # which raises PyTorch's own error
+            y = deltas[0].adapted(op, x, weight, bias, deltas[0].dropout if drop else 0.0)
+            for delta in deltas[1:]:
+                y = y + delta.update(op, x, delta.dropout if drop else 0.0).to(y.dtype)
+            return y.squeeze(0) if unbatched else y
+        except Exception as error:
+            given = f"{tuple(x.shape)} of {x.dtype} on {x.device}" if isinstance(x, Tensor) else repr(x)
+            error.add_note(f"in {self._label}: input {given}, weight {tuple(weight.shape)} of {weight.dtype}")
+            raise
 
     def _embed(self, ids: Tensor, weight: Tensor, padding_idx: int | None, deltas: Sequence[Delta]) -> Tensor:
         base: nn.Embedding = self.base_layer  # type: ignore[assignment]
@@ -189,59 +200,67 @@ class AdaptedLayer(nn.Module):
     def _opaque_forward(self, deltas: Sequence[Delta], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         y = self.base_layer(x, *args, **kwargs)
         for delta in deltas:
-            y = y + delta.update(self._kind.op(self.base_layer), x).to(y.dtype)
+            y = y + delta.update(self._kind.op(self.base_layer), x, delta.dropout).to(y.dtype)
         return y
 
     def _foreign_forward(self, deltas: Sequence[Delta], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The base's own forward (hooks included) with the deltas put in by `Intercept`."""
-        base = self.base_layer
-        dropped = any(delta.dropout > 0 for delta in deltas)
+        base, grad = self.base_layer, torch.is_grad_enabled()
+        y, watch = self._watched(deltas, args, kwargs)
+        problem = None
+        if not watch.served and not watch.replaced:
+            problem = f"never used its {self._kind.weight_name}, so the delta would have no effect"
+        elif grad and not watch.learns and any(p.requires_grad for d in deltas for p in d.parameters()):
+            problem = (
+                f"used its {self._kind.weight_name} only where gradients are off (in an autograd.Function of its own, "
+                "perhaps), so the delta could not learn"
+            )
+        if problem is not None:
+            raise RuntimeError(
+                f"{self._label}: the forward of {describe(base)} {problem}; leave this module out (exclude_modules)"
+            )
+        if watch.replaced and any(delta.dropout > 0 for delta in deltas):
+            return self._dropped_forward(deltas, args, kwargs)
+        return y
+
+    def _watched(
+        self, deltas: Sequence[Delta], args: tuple[Any, ...], kwargs: dict[str, Any], drop: bool = True
+    ) -> tuple[Any, Intercept]:
+        """The base's output with the deltas in it, and what became of its weight on the way."""
+        base, name = self.base_layer, self._kind.weight_name
 
         def stock(op: Op, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return self._call(op, x, weight, bias, deltas)
+            return self._call(op, x, weight, bias, deltas, drop)
 
         def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
             return self._embed(ids, weight, padding_idx, deltas)
 
         def effective(weight: Tensor) -> Tensor:
-            return weight if dropped else self._effective(weight, deltas)
+            return self._effective(weight, deltas)
 
-        # A computed weight is known by its shape alone, in the one stock call that kind_of has made sure of.
-        computed = parametrize.is_parametrized(base, self._kind.weight_name)
-        test = self._has_weight_shape if computed else self._is_weight
-        watch = Intercept(test, self._kind.turned, stock, embedding, None if computed else effective)
-        with watch:
-            y = base(*args, **kwargs)
-        if not watch.served and not watch.replaced:
-            raise RuntimeError(
-                f"{self._label}: the forward of {describe(base)} never used its {self._kind.weight_name}, so the delta "
-                "would have no effect; leave this module out (exclude_modules)"
-            )
-        if dropped and watch.replaced:
-            y = y + self._dropped_update(deltas, args, kwargs)
-        return y
+        # A parametrised weight is computed at every access; within this context it is one tensor.
+        with parametrize.cached() if parametrize.is_parametrized(base, name) else nullcontext():
+            computed = getattr(base, name) if parametrize.is_parametrized(base, name) else None
 
-    def _dropped_update(self, deltas: Sequence[Delta], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The base's own forward on dropped x with s·ΔW for a weight and no bias: for weights used in their own way."""
-        base, total = self.base_layer, None
-        bias = base._parameters.get("bias")
-        for delta in deltas:
-            x = F.dropout(args[0], delta.dropout)
-            turned = self._kind.turned(delta.effective_weight(None))
-            change = turned.to(self._base_weight().dtype)
-            watch = _Substitute({id(self._base_weight()): change} | ({id(bias): bias * 0} if bias is not None else {}))
+            def is_weight(tensor: Tensor) -> bool:
+                return tensor is computed or tensor is base._parameters.get(name) or tensor is base.__dict__.get(name)
+
+            watch = Intercept(is_weight, self._kind.turned, stock, embedding, effective)
             with watch:
-                y = base(x, *args[1:], **kwargs)
-            total = y if total is None else total + y
-        return total
+                y = base(*args, **kwargs)
+        return y, watch
 
-    def _is_weight(self, tensor: Tensor) -> bool:
-        """Whether this is the weight of the moment: the parameter, or what a hook has set in its place."""
-        base, name = self.base_layer, self._kind.weight_name
-        return tensor is base._parameters.get(name) or tensor is base.__dict__.get(name)
+    def _dropped_forward(self, deltas: Sequence[Delta], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """f(x; W) + Σ f(x̃; W + s·ΔW) - f(x̃; W) on dropped x̃: dropout for a forward f that uses its weight freely.
 
-    def _has_weight_shape(self, tensor: Tensor) -> bool:
-        return tensor.shape == self.shape
+        The delta sees x̃ and the base x, whatever f does besides, and with ΔW = 0 it is the base's output exactly.
+        """
+        base = self.base_layer
+        y: Tensor = base(*args, **kwargs)
+        for delta in deltas:
+            dropped, rest = _dropped(args, kwargs, delta.dropout)
+            y = y + (self._watched([delta], dropped, rest, drop=False)[0] - base(*dropped, **rest))
+        return y
 
     # The effective weight -------------------------------------------------------------------------------------------
 
@@ -269,6 +288,20 @@ class AdaptedLayer(nn.Module):
             total = total.index_copy(0, row, weight[row])
         return self._kind.turned(total)
 
+    def _read_weight(self, deltas: Sequence[Delta]) -> Tensor:
+        """The effective weight as an attribute, computed when its values are first used."""
+        weight = self._base_weight()
+
+        def compute() -> Tensor:
+            if torch.is_grad_enabled():
+                self.__dict__["reached"] = True
+            return self._effective(weight, deltas)
+
+        if torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter):
+            return compute()
+        learns = weight.requires_grad or any(p.requires_grad for delta in deltas for p in delta.parameters())
+        return EffectiveWeight(weight, learns and torch.is_grad_enabled(), compute)
+
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})
         if name in modules:  # the base and the deltas, which every call asks for
@@ -282,9 +315,7 @@ class AdaptedLayer(nn.Module):
         if name == self._kind.weight_name and not self._kind.opaque:
             deltas = self._in_use()
             if deltas:
-                if torch.is_grad_enabled():
-                    self.__dict__["reached"] = True
-                return self._effective(self._base_weight(), deltas)
+                return self._read_weight(deltas)
         try:
             return getattr(base, name)
         except AttributeError:
@@ -380,6 +411,21 @@ class AdaptedLayer(nn.Module):
 
     # State ----------------------------------------------------------------------------------------------------------
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `torch.nn.Module.state_dict`; the base's weight is the frozen one, merged or not."""
+        state = super().state_dict(*args, **kwargs)
+        if self._original:
+            key = f"{kwargs.get('prefix', '')}base_layer.{self._kind.weight_name}"
+            state[key] = self._original[0] if kwargs.get("keep_vars") else self._original[0].detach()
+        return state
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # A state holds the frozen weight and the deltas: a merged layer takes them unmerged, and merges again.
+        self._merge_again = self.merged
+        if self.merged:
+            self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for parameter in (*self._original, *self._combined):
@@ -408,22 +454,25 @@ class AdaptedLayer(nn.Module):
         yield from self.deltas.items()  # type: ignore[misc]
 
 
-class _Substitute(torch.overrides.TorchFunctionMode):
-    """Stands given tensors in for others, by identity, in every function of the forward that runs inside."""
+def _dropped(args: tuple[Any, ...], kwargs: dict[str, Any], dropout: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments with dropout on its input: the first floating-point tensor among them."""
 
-    def __init__(self, stand_ins: dict[int, Tensor]) -> None:
-        super().__init__()
-        self.stand_ins = stand_ins
+    def is_input(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.is_floating_point()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def swapped(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return self.stand_ins.get(id(value), value)
-            if type(value) in (list, tuple):
-                return type(value)(swapped(v) for v in value)
-            return value
+    for i, value in enumerate(args):
+        if is_input(value):
+            return (*args[:i], F.dropout(value, dropout), *args[i + 1 :]), kwargs
+    for key, value in kwargs.items():
+        if is_input(value):
+            return args, kwargs | {key: F.dropout(value, dropout)}
+    return args, kwargs
 
-        return func(*swapped(tuple(args)), **{k: swapped(v) for k, v in (kwargs or {}).items()})
+
+def _merge_again(layer: nn.Module, incompatible_keys: Any) -> None:
+    if isinstance(layer, AdaptedLayer) and layer._merge_again:
+        layer._merge_again = False
+        layer.merge()
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -313,6 +313,110 @@ def test_own_forwards_from_eight_threads(module):
     assert not wrong and layer.base_layer.weight is weight
 
 
+class TwiceUsed(nn.Linear):
+    """A stock call and another use of the same weight, a constant, and a tuple on request."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias) + x @ self.weight.t() + 3.0
+
+
+class ScaledWeight(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight * 2, self.bias)
+
+
+@pytest.mark.parametrize("make", [MatmulLinear, TwiceUsed, ScaledWeight])
+def test_dropout_on_a_weight_that_is_used_freely(make):
+    """With a vanishing dropout, training gives what evaluation gives; with ΔW = 0, the base's own output."""
+    base = make(5, 5)
+    x = torch.randn(3, 5)
+    assert torch.equal(flora.wrap(copy.deepcopy(base), flora.TuckerConfig(rank=2, dropout=0.5))(x), base(x))
+    layer = wrapped(base, flora.TuckerConfig(rank=2, dropout=1e-9))
+    expected = layer.eval()(x)
+    torch.testing.assert_close(layer.train()(x), expected)
+    layer(x).sum().backward()
+    assert all(p.grad is not None for p in layer.deltas.parameters())
+
+
+def test_dropout_on_a_standardised_weight_called_by_keyword():
+    base = StandardisedConv(4, 6, 3)
+    x = torch.randn(2, 4, 7, 7)
+    layer = wrapped(copy.deepcopy(base), flora.TuckerConfig(rank=2, dropout=1e-9))
+    expected = layer.eval()(x)
+    torch.testing.assert_close(layer.train()(x=x), expected, rtol=1e-4, atol=1e-5)
+
+
+class OwnFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        return dy @ weight, dy.t() @ x
+
+
+def test_a_weight_used_only_in_an_autograd_function_is_an_error():
+    class Foreign(nn.Linear):
+        def forward(self, x):
+            return OwnFunction.apply(x, self.weight)
+
+    layer = wrapped(Foreign(5, 7))
+    with pytest.raises(RuntimeError, match="Foreign: .* only where gradients are off"):
+        layer(torch.randn(3, 5))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(torch.eye(5)), layer.weight.t().clone())
+
+
+def test_a_norm_of_the_weight_under_no_grad_keeps_the_gradients_of_its_other_uses():
+    class Normed(nn.Linear):
+        def forward(self, x):
+            with torch.no_grad():
+                norm = self.weight.norm()
+            return x @ self.weight.t() / norm
+
+    layer = wrapped(Normed(5, 7))
+    layer(torch.randn(3, 5)).sum().backward()
+    assert all(p.grad is not None for p in layer.deltas.parameters())
+
+
+def test_a_hook_on_a_parametrised_layer_may_call_layers_of_the_same_shape():
+    base, other = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), nn.Linear(6, 6)
+    layer = wrapped(base)
+    x = torch.randn(3, 6)
+    expected = other(layer(x))
+    base.register_forward_hook(lambda m, args, out: other(out))
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_bad_input_names_the_module():
+    layer = flora.layers.AdaptedLayer(nn.Linear(5, 7), name="encoder.fc")
+    layer.add_delta("default", CONFIG)
+    layer.set_active(["default"])
+    for x in (torch.ones(3, 4), torch.ones(3, 5).double(), "text"):
+        with pytest.raises((RuntimeError, TypeError, AttributeError)) as error:
+            layer(x)
+        assert any(note.startswith("in encoder.fc: input") for note in error.value.__notes__)
+
+
+def test_packed_layers_without_a_weight_are_served():
+    class Packed(nn.Module):  # as GPTQ's and AWQ's: integers under a name of their own
+        def __init__(self):
+            super().__init__()
+            self.in_features, self.out_features = 5, 7
+            self.register_buffer("qweight", torch.randint(-8, 8, (7, 5), dtype=torch.int8))
+
+        def forward(self, x):
+            return x @ self.qweight.to(x.dtype).t()
+
+    base = Packed()
+    layer = wrapped(base)
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(layer(x), base(x) + x @ layer.deltas["default"].delta_weight(torch.empty(7, 5)).t())
+
+
 # Attention, embeddings, transformers' Conv1D -----------------------------------------------------------------------
 
 
@@ -474,6 +578,46 @@ def test_cast_keeps_the_factors_in_float32(merged):
         assert layer.base_layer.weight.dtype == torch.bfloat16
     assert layer(torch.randn(3, 5, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert all(p.dtype == torch.float64 for p in layer.double().deltas.parameters())
+
+
+def test_a_state_is_the_same_merged_or_not_and_loads_into_either():
+    x = torch.randn(1, 4, 6, 6)
+    source = wrapped(nn.Conv2d(4, 6, 3))
+    expected = source(x).detach()
+    plain = copy.deepcopy(source.state_dict())
+    source.merge()
+    assert all(torch.equal(v, plain[k]) for k, v in source.state_dict().items())
+    assert all(torch.equal(v, plain[k[2:]]) for k, v in nn.Sequential(source).state_dict().items())
+    for merged in (False, True):
+        other = wrapped(nn.Conv2d(4, 6, 3), seed=5)
+        if merged:
+            other.merge()
+        nn.Sequential(other).load_state_dict({f"0.{k}": v for k, v in plain.items()})
+        assert other.merged == merged
+        torch.testing.assert_close(other(x), expected, rtol=1e-4, atol=1e-5)
+        if merged:
+            other.unmerge()
+        assert torch.equal(other.base_layer.weight, plain["base_layer.weight"])
+
+
+def test_reading_metadata_computes_nothing_and_is_no_use_of_the_delta(monkeypatch):
+    layer = wrapped(nn.Linear(5, 7))
+    calls = []
+    effective = flora.AdaptedLayer._effective
+    monkeypatch.setattr(flora.AdaptedLayer, "_effective", lambda *a: calls.append(1) or effective(*a))
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor) and weight.dtype == torch.float32 and weight.device.type == "cpu"
+    assert weight.shape == (7, 5) and weight.size(0) == 7 and weight.requires_grad and weight.is_floating_point()
+    assert not calls and not layer.reached
+    total = weight.sum() + (weight * 2).sum()
+    assert calls == [1] and layer.reached
+    total.backward()
+    assert all(p.grad is not None for p in layer.deltas.parameters())
+    with torch.no_grad():
+        assert not layer.weight.requires_grad
+        assert torch.equal(torch.stack([layer.weight])[0], layer.weight.clone())
+    with pytest.raises(RuntimeError, match="values were not computed"), torch._C.DisableTorchFunctionSubclass():
+        weight + 1
 
 
 def test_device_move_takes_the_factors_along():

@@ -37,12 +37,12 @@ class Delta(nn.Module):
         self.shape = shape
 
     @abstractmethod
-    def adapted(self, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """op(x, W, b) with the delta on top, in the plan of the configuration."""
+    def adapted(self, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+        """op(x, W, b) with the delta of dropped x on top, in the plan of the configuration."""
 
     @abstractmethod
-    def update(self, op: Op, x: Tensor) -> Tensor:
-        """s·ΔW·x alone, in x's dtype."""
+    def update(self, op: Op, x: Tensor, dropout: float) -> Tensor:
+        """s·ΔW·x of dropped x alone, in x's dtype."""
 
     @abstractmethod
     def embedding_update(self, ids: Tensor, padding_idx: int | None) -> Tensor:
@@ -59,6 +59,10 @@ class Delta(nn.Module):
     @abstractmethod
     def set_trainable(self, trainable: bool) -> None:
         """Let the parts that the configuration names learn, or none."""
+
+    def stuck(self) -> str | None:
+        """Why no parameter of this delta can ever get a gradient other than zero, or None if one can."""
+        return None
 
     @property
     def dropout(self) -> float:

@@ -83,11 +83,11 @@ class TuckerDelta(Delta):
         """The tensors as `flora.functional` takes them."""
         return Tucker(self.core, tuple(self.factors._parameters.values()), self.scale)  # type: ignore[arg-type]
 
-    def adapted(self, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return functional.adapted(op, x, weight, bias, self.tucker, plan=self.config.plan, dropout=self.dropout)
+    def adapted(self, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+        return functional.adapted(op, x, weight, bias, self.tucker, plan=self.config.plan, dropout=dropout)
 
-    def update(self, op: Op, x: Tensor) -> Tensor:
-        return functional.update(op, x, self.tucker, dropout=self.dropout)
+    def update(self, op: Op, x: Tensor, dropout: float) -> Tensor:
+        return functional.update(op, x, self.tucker, dropout=dropout)
 
     def embedding_update(self, ids: Tensor, padding_idx: int | None) -> Tensor:
         return functional.embedding_update(ids, self.tucker, padding_idx)
@@ -99,6 +99,16 @@ class TuckerDelta(Delta):
         return functional.resolve_plan(
             op, x, weight, self.tucker, self.config.plan, self.dropout, self.core.requires_grad
         )
+
+    def stuck(self) -> str | None:
+        """A part's gradient is a product of all the others, so one part may be zero, and only if that part learns."""
+        parts = {"the core": self.core} | {f"factor {m}": f for m, f in enumerate(self.factors)}
+        zero = [name for name, part in parts.items() if not part.is_meta and torch.count_nonzero(part) == 0]
+        if len(zero) > 1:
+            return f"{' and '.join(zero)} are zero"
+        if zero and not parts[zero[0]].requires_grad:
+            return f"{zero[0]} is zero and not among the trainable parts, {self.config.trainable}"
+        return None
 
     def set_trainable(self, trainable: bool) -> None:
         parts = self.config.trainable
