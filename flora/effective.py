@@ -31,11 +31,13 @@ def name_of(function: Any) -> str:
 class EffectiveWeight(Tensor):
     """A tensor like ``like`` whose values ``compute`` returns, when first needed; any operation gets those.
 
-    It has no storage of its own: code that went past PyTorch's functions would fail, not read the frozen weight.
+    It has no storage of its own: code that went past PyTorch's dispatcher would fail, not read the frozen weight. This
+    class is for reading without gradients, and is no obstacle to the fast paths of PyTorch's own modules.
     """
 
     _compute: Callable[[], Tensor]
     _computed: dict[bool, Tensor]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, like: Tensor, requires_grad: bool, compute: Callable[[], Tensor]) -> EffectiveWeight:
@@ -49,7 +51,15 @@ class EffectiveWeight(Tensor):
         self._compute, self._computed = compute, {}
 
     @classmethod
-    def __torch_function__(
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return func(*_valued(args), **_valued(kwargs or {}))
+
+
+class LearningWeight(EffectiveWeight):
+    """The same where a gradient has to find its way to the delta: the values come in above autograd."""
+
+    @classmethod
+    def __torch_function__(  # type: ignore[override]
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -61,6 +71,11 @@ class EffectiveWeight(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError(f"{func} met an effective weight whose values were not computed; use weight.clone()")
+
+
+def effective_weight(like: Tensor, requires_grad: bool, compute: Callable[[], Tensor]) -> EffectiveWeight:
+    """The attribute: ``like`` gives shape, strides, dtype and device, ``compute`` the values."""
+    return (LearningWeight if requires_grad else EffectiveWeight)(like, requires_grad, compute)
 
 
 def _valued(argument: Any) -> Any:

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from flora import deltas as _deltas
 from flora.config import DeltaConfig
 from flora.deltas import Delta
-from flora.effective import EffectiveWeight
+from flora.effective import effective_weight
 from flora.functional import compute_dtype
 from flora.intercept import Intercept
 from flora.kinds import ATTENTION, EMBEDDING, describe, is_adaptable, kind_of, refusal
@@ -300,7 +300,7 @@ class AdaptedLayer(nn.Module):
         if torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter):
             return compute()
         learns = weight.requires_grad or any(p.requires_grad for delta in deltas for p in delta.parameters())
-        return EffectiveWeight(weight, learns and torch.is_grad_enabled(), compute)
+        return effective_weight(weight, learns and torch.is_grad_enabled(), compute)
 
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})

@@ -57,9 +57,7 @@ class LinearOp:
         y = self.writable(y)
         rows = _rows(x)
         h = u_in.new_empty(rows.shape[0], u_in.shape[1]) if want_h else None
-        _core.tucker_linear_forward(
-            y.view(-1, y.shape[-1]), h, rows, u_in, tucker.core, u_out, tucker.scale
-        )
+        _core.tucker_linear_forward(y.view(-1, y.shape[-1]), h, rows, u_in, tucker.core, u_out, tucker.scale)
         return y, h
 
     def update_backward(
@@ -191,9 +189,7 @@ class ConvOp(NamedTuple):
         if want_h:
             pads = zip(x.shape[2:], self.padding[::2], self.padding[1::2], strict=True)
             h = u_in.new_empty(x.shape[0], *(sum(p) for p in pads), self.groups * u_in.shape[1])
-        _core.tucker_conv_forward(
-            y, h, x, u_in, _expand_core(tucker), u_out, tucker.scale, *self._arguments()
-        )
+        _core.tucker_conv_forward(y, h, x, u_in, _expand_core(tucker), u_out, tucker.scale, *self._arguments())
         return y, h
 
     def update_backward(
@@ -230,9 +226,7 @@ class ConvOp(NamedTuple):
         d_k = [torch.empty_like(u) if need else None for u, need in zip(u_k, needs[3:], strict=True)]
         if d_expanded is not None:
             factors = (None, None, *u_k)
-            _core.tucker_reconstruct_backward(
-                d_core, (None, None, *d_k), d_expanded, tucker.core, factors, 1.0
-            )
+            _core.tucker_reconstruct_backward(d_core, (None, None, *d_k), d_expanded, tucker.core, factors, 1.0)
         return d_core, d_u_out, d_u_in, *d_k
 
     def _arguments(self) -> tuple[Any, ...]:
