@@ -178,6 +178,10 @@ def install(
         trainable: False freezes the adapter as well.
         fill: is given the deltas and the copies of ``modules_to_save`` by name before the model is changed, to load
             their values; may raise.
+
+    Raises:
+        ValueError: a name that is taken; with ``fill``, a delta that is to learn and never can.
+        RuntimeError: the model is merged.
     """
     check_adapter_name(name)
     state = _own_state(model) or (state_of(model) if adapted_layers(model) else State())
@@ -185,7 +189,6 @@ def install(
         raise ValueError(f"there is already an adapter {name!r}; there are {', '.join(map(repr, state.adapters))}")
     _check_unmerged(model)
     first = not state.adapters
-    trainable = trainable and first
     with ExitStack() as undo:
         undo.callback(_set_flags, [(p, p.requires_grad) for p in model.parameters()])
         flags = {} if not first else {key: p.requires_grad for key, p in base_parameters(model)}
@@ -204,12 +207,17 @@ def install(
             if not isinstance(target.module, SavedModule):
                 saved[target.name] = SavedModule(target.original, name=target.name)
             module = cast(SavedModule, saved[target.name])
-            copies[target.name] = module.add_copy(name, trainable=trainable)
+            copies[target.name] = module.add_copy(name, trainable=trainable and first)
             release(copies[target.name])
             if module is target.module:
                 undo.callback(module.copies.__delitem__, name)
         if fill is not None:
             fill(deltas, copies)
+        if fill is not None and trainable:
+            _check_learning(deltas)
+        if not first:  # it waits for `set_adapter`
+            for delta in deltas.values():
+                delta.set_trainable(False)
 
         for target in (*selection.layers, *selection.saved):
             new = layers.get(target.name) or saved[target.name]
@@ -231,6 +239,13 @@ def install(
     _set_state(model, state)
     _activate(model, state.active)
     _hold_base(model)
+
+
+def _check_learning(deltas: Mapping[str, Delta]) -> None:
+    for where, delta in deltas.items():
+        reason = delta.stuck()
+        if reason is not None:
+            raise ValueError(f"{where}: the delta could never learn, as {reason}; trainable=False takes it as it is")
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -117,7 +117,7 @@ def save_adapter(
         raise FileExistsError(f"{path} is an adapter folder itself, so {', '.join(names)} cannot be written into it")
     for folder in folders.values():
         recover(folder)
-        _check_replaceable(folder)
+        check_replaceable(folder)
     contents = {one: _contents(model, one, state.adapters[one], hashes) for one in names}
     for one, folder in folders.items():
         replace_folder(folder, contents[one])
@@ -167,7 +167,11 @@ def _short_lists(text: str) -> str:
     return re.sub(r"\[\n *([^\[\]{}]*)\n *\]", lambda match: "[" + re.sub(r"\n *", " ", match[1]) + "]", text)
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
+    """Raises FileExistsError, with what is there, unless `save_adapter` may write to the folder.
+
+    It may if the folder does not exist, is empty or holds an adapter.
+    """
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -551,7 +555,8 @@ def _quoted(differences: Sequence[str]) -> str:
 def _load_authors(model: nn.Module, path: Path, name: str, trainable: bool, config: TuckerConfig | None) -> None:
     tensors = parse_safetensors(path, path.read_bytes()) if path.suffix == ".safetensors" else authors.read_torch(path)
     if not isinstance(config, TuckerConfig) or (config.scale is None and not config.scale_pattern):
-        raise ValueError(f"{path} holds no scale: give config=TuckerConfig(scale=…), not {config!r}")
+        given = f"scale={config.scale}" if isinstance(config, TuckerConfig) else repr(config)
+        raise ValueError(f"{path} holds no scale: give config=TuckerConfig(scale=…), not {given}")
     try:
         found = authors.translate(
             tensors, config, {p.name: p.original for p in places(model)}, dict(base_tensors(model))

