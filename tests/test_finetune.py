@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import re
+import sys
 import weakref
 from pathlib import Path
 
@@ -151,6 +152,12 @@ def test_an_image_of_16_bits_is_refused_rather_than_clipped(tmp_path: Path) -> N
 def test_a_missing_package_says_what_to_install() -> None:
     with pytest.raises(ModuleNotFoundError, match=r"needs 'no_such_package': pip install 'flora-adapters\[cli\]'"):
         require("no_such_package")
+
+
+def test_comparing_without_peft_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
+    with pytest.raises(ModuleNotFoundError, match=r"needs 'peft': pip install 'flora-adapters\[peft\]'"):
+        prepare(Settings(output=tmp_path, compare=True))
 
 
 # Training -----------------------------------------------------------------------------------------------------------

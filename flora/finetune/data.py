@@ -48,13 +48,13 @@ class Dataset:
     classes: tuple[str, ...]
 
 
-def require(module: str) -> Any:
-    """An optional package's module; ModuleNotFoundError says what to install."""
+def require(module: str, *, extra: str = "cli") -> Any:
+    """An optional package's module; ModuleNotFoundError says what to install: the project's extra that has it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"the fine-tuning demo needs {module!r}: pip install 'flora-adapters[cli]'", name=error.name
+            f"the fine-tuning demo needs {module!r}: pip install 'flora-adapters[{extra}]'", name=error.name
         ) from error
 
 

@@ -61,7 +61,7 @@ def peft_lora(model: nn.Module, ranks: Ranks) -> tuple[nn.Module, tuple[str, ...
     PEFT builds its adapter as another instance of the layer's class, which fails for this network's self-padding
     convolutions; so they become a padding and a stock convolution first, which is the same function.
     """
-    peft = require("peft")
+    peft = require("peft", extra="peft")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     for name, layer in layers.items():
         model.set_submodule(name, _stock(layer))
