@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from flora.kinds import describe
+from flora.kinds import describe, kind_of, refusal
 from flora.model import adapted_layers, base_parameters, saved_modules, state_of
 from flora.targets import distinct, places
 
@@ -52,14 +53,14 @@ class Summary:
     tied: dict[str, tuple[str, ...]]
     """Adapted weights that other modules share, by name; merging unties them."""
     base_parameters: int
-    """Of the unadapted model, each counted once."""
+    """Of the unadapted model, each counted once; a quantised or packed weight as the numbers that it stands for."""
     trainable_parameters: int
     """All that learn now, in the whole model."""
 
     @property
     def share(self) -> float:
         """Trainable parameters over the base's."""
-        return self.trainable_parameters / self.base_parameters if self.base_parameters else float("nan")
+        return self.trainable_parameters / self.base_parameters
 
     @property
     def adapter_parameters(self) -> int:
@@ -176,9 +177,18 @@ def summary(model: nn.Module) -> Summary:
         layers=tuple(rows),
         left_alone=left_alone,
         tied=_tied(model),
-        base_parameters=_count({id(p): p for _, p in base_parameters(model)}.values()),
+        base_parameters=_base_parameters(model),
         trainable_parameters=_count(p for p in model.parameters() if p.requires_grad),
     )
+
+
+def _base_parameters(model: nn.Module) -> int:
+    """A packed weight may be no parameter at all, or one of fewer and wider numbers than it stands for."""
+    layers = [target.original for target in distinct(places(model)) if refusal(target.original) is None]
+    opaque = [layer for layer in layers if kind_of(layer).opaque]
+    packed = {id(layer._parameters.get("weight")) for layer in opaque}
+    plain = {id(p): p for _, p in base_parameters(model) if id(p) not in packed}
+    return _count(plain.values()) + sum(math.prod(kind_of(layer).shape(layer)) for layer in opaque)
 
 
 def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:

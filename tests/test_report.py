@@ -1,6 +1,7 @@
 """The report on an adapted model: what it counts, and what it prints."""
 
 import pytest
+import torch
 from torch import nn
 
 from flora.config import TuckerConfig
@@ -91,6 +92,26 @@ def test_states_show(model):
         ("head", "default"): (False, False),
     }
     assert "second* (merged)" in str(report)
+
+
+class Packed(nn.Module):
+    """A linear layer with two of its 4-bit numbers to a byte."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 8, 6
+        self.weight = nn.Parameter(torch.zeros(24, 1, dtype=torch.uint8), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(6))
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz")
+def test_packed_weights_count_as_what_they_stand_for():
+    plain = nn.Sequential(nn.Linear(8, 6, bias=False), nn.Linear(6, 4, bias=False))
+    every = adapt(torch.ao.quantization.quantize_dynamic(plain, {nn.Linear}), TuckerConfig(rank=2))
+    assert summary(every).base_parameters == 8 * 6 + 6 * 4
+    assert "nan" not in str(summary(every))
+    some = adapt(nn.Sequential(Packed(), nn.Linear(6, 4)), TuckerConfig(rank=2))
+    assert summary(some).base_parameters == (8 * 6 + 6) + (6 * 4 + 4)
 
 
 def test_html_is_escaped():
