@@ -19,6 +19,7 @@ from flora.saved import SavedModule
 
 Configs = DeltaConfig | Mapping[str, DeltaConfig]
 
+_LONGEST_ADVICE = 100  # characters of a regex that a message proposes
 _NOT_SAVED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -146,8 +147,7 @@ def select(model: nn.Module, config: Configs) -> Selection:
     for pattern, own in configs.items():
         what, wanted = (f"pattern={pattern!r}", pattern) if pattern else _shown("target_modules", own.target_modules)
         found = _pattern_matches(pattern, candidates) if pattern else _matches(what, own.target_modules, candidates)
-        if not isinstance(wanted, str) and not callable(wanted):
-            _check_containers(what, wanted, found)
+        _check_layers(what, wanted, found, candidates)
         excluded = _excluded(own, candidates)
         chosen: list[str] = []
         for target in found:
@@ -268,10 +268,15 @@ def _matches(what: str, targets: Targets, candidates: list[Target]) -> list[Targ
             if not hits:
                 raise ValueError(f"{what}: {suffix!r} matches no module{near_misses(suffix, names)}")
             found += hits
-    if not found:
-        hint = near_misses(targets if isinstance(targets, str) and targets != "all" else "", names)
-        raise ValueError(f"{what} matches no module{hint}")
-    return found
+    if found:
+        return found
+    if not isinstance(targets, str) or targets == "all":
+        raise ValueError(f"{what} matches no module{near_misses('', names)}")
+    if any(target.any(partial(is_suffix, targets)) for target in candidates):
+        hint = f"; the list [{targets!r}] means every module that has this name or whose name ends in it"
+    else:
+        hint = near_misses(targets, names)
+    raise ValueError(f"{what} matches no module: a string is a regex that must match the whole name{hint}")
 
 
 def _is_whole(pattern: str, name: str) -> bool:
@@ -336,12 +341,33 @@ def _refusal(target: Target, closed: Collection[str], dropout: float = 0.0) -> s
     return refusal(target.original, dropout)
 
 
-def _check_containers(what: str, names: Iterable[str], found: Iterable[Target]) -> None:
-    """Raises ValueError for a name that only modules without a weight of their own have."""
-    for suffix in names:
-        hits = [target for target in found if target.any(partial(is_suffix, suffix))]
+def _check_layers(what: str, wanted: Targets, found: Sequence[Target], candidates: Sequence[Target]) -> None:
+    """Raises ValueError for a name or pattern that only modules without a weight of their own have."""
+    if wanted == "all":
+        return
+    groups = [found]
+    if not isinstance(wanted, str) and not callable(wanted):
+        groups = [[target for target in found if target.any(partial(is_suffix, suffix))] for suffix in wanted]
+    for hits in groups:
         if not any(_has_weight(target.original) or refusal(target.original) is None for target in hits):
-            raise ValueError(f"{hits[0].name}: {what} names it, but {refusal(hits[0].original)}")
+            reason = _held(hits[0], candidates) or refusal(hits[0].original)
+            raise ValueError(f"{hits[0].name}: {what} names it, but {reason}")
+
+
+def _held(container: Target, candidates: Iterable[Target]) -> str | None:
+    """What to name instead of a container; None if it holds no layer that can be adapted."""
+    inner = {place.name: place.original for target in candidates for place in target.places}
+    inner = {name: module for name, module in inner.items() if name.startswith(f"{container.name}.")}
+    layers = [name for name, module in inner.items() if is_adaptable(module) and refusal(module) is None]
+    others = [name for name, module in inner.items() if name not in layers and _has_weight(module)]
+    if not layers:
+        return None
+    head = re.escape(container.name)
+    ends = "|".join(dict.fromkeys(re.escape(name.rpartition(".")[2]) for name in layers))
+    patterns = [rf"{head}\..*", rf"{head}\.(.*\.)?({ends})"]
+    exact = [p for p in patterns if len(p) <= _LONGEST_ADVICE and not any(_is_whole(p, name) for name in others)]
+    advice = f"the regex r'{exact[0]}' means them" if exact else f"name them, as {layers[0]!r}"
+    return f"a {describe(container.original)} is no layer, it holds {len(layers)}; {advice}"
 
 
 def _has_weight(module: nn.Module) -> bool:

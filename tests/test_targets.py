@@ -62,16 +62,20 @@ def test_selections(fields, names):
     [
         ({"target_modules": ["q_prj"]}, "'q_prj' matches no module; near misses: 'q_proj'"),
         ({"target_modules": ["q_proj", "stm"]}, "'stm' matches no module; near misses: 'stem'"),
-        ({"target_modules": "q_proj"}, "target_modules='q_proj' matches no module; near misses: 'q_proj'"),
+        ({"target_modules": "q_proj"}, r"target_modules='q_proj' matches no module: a string is a regex .* the whole name; the list \['q_proj'\]"),
+        ({"target_modules": "0"}, r"'0' matches no module: a string is a regex .* whole name; the list \['0'\] means"),
+        ({"target_modules": "stm"}, "'stm' matches no module: a string is a regex .* whole name; near misses: 'stem'"),
         ({"target_modules": ["zzzzzz"]}, "there are 'embed', 'stem'"),
         ({"target_modules": lambda name, module: False}, "target_modules=.*lambda.* matches no module; there are"),
         ({"target_modules": ["up"]}, r"^up: target_modules=\('up',\) names it, but ConvTranspose1d is not supported"),
         ({"target_modules": ["act"]}, r"^act: .* names it, but ReLU is not"),
         ({"target_modules": ["norm"]}, r"^blocks\.0\.norm: .* names it, but LayerNorm is not"),
-        ({"target_modules": ["blocks"]}, r"^blocks: .* names it, but ModuleList is not"),
+        ({"target_modules": ["blocks"]}, r"^blocks: .*, but a ModuleList is no layer, it holds 6; the regex r'blocks\\\.\(\.\*"),
+        ({"target_modules": ["head"]}, r"^head: .*, but a Sequential is no layer, it holds 2; the regex r'head\\\.\.\*'"),
+        ({"target_modules": "head"}, r"^head: target_modules='head' .* a Sequential is no layer, it holds 2; the regex"),
         ({"target_modules": r"blocks\..*"}, r"^blocks\.0\.norm: target_modules=.* names it"),
         ({"target_modules": lambda name, module: name == "up"}, r"^up: target_modules=.* names it"),
-        ({"target_modules": "act"}, "target_modules='act' leaves nothing to adapt: ReLU is not"),
+        ({"target_modules": "act"}, "^act: target_modules='act' names it, but ReLU is not"),
         ({"exclude_modules": ["kproj"]}, r"exclude_modules=.*: 'kproj' matches no module; near misses: 'k_proj'"),
         ({"exclude_modules": "all"}, "target_modules='all' leaves nothing to adapt: .*it is excluded"),
         ({"modules_to_save": ["haed"]}, "modules_to_save: 'haed' matches no module; near misses: 'head"),
@@ -85,6 +89,21 @@ def test_selections(fields, names):
 def test_what_cannot_be_meant_is_said(fields, message):
     with pytest.raises(ValueError, match=message):
         chosen(TuckerConfig(**fields))
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"), [("head", ALL[7:]), ("blocks", ALL[1:7]), ("blocks.1", ALL[4:7]), ("mixed", None)]
+)
+def test_what_to_name_instead_of_a_container(name, layers):
+    model = Net()
+    model.mixed = nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.LayerNorm(8)))
+    with pytest.raises(ValueError, match=f"^{name}: ") as error:
+        chosen(TuckerConfig(target_modules=[name]), model)
+    if layers is None:  # no simple regex means the layer alone
+        assert "it holds 1; name them, as 'mixed.0.0'" in str(error.value)
+    else:
+        regex = str(error.value).partition("the regex r'")[2].removesuffix("' means them")
+        assert chosen(TuckerConfig(target_modules=regex), model) == layers
 
 
 def test_a_model_without_layers():
