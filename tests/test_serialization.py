@@ -916,7 +916,11 @@ def test_the_frozen_weights_may_be_in_the_file(authors):
             r"stages\.0: a factor is \(3, 4\); mode 1",
         ),
         (lambda t: t | {"stages.0.param_0": torch.full((24, 4), torch.nan)}, TuckerConfig(scale=1), "not finite"),
-        (zero("stages.0.param_G", "stages.0.param_0"), TuckerConfig(scale=1), r"stages\.0: the delta could never learn"),
+        (
+            zero("stages.0.param_G", "stages.0.param_0"),
+            TuckerConfig(scale=1),
+            r"stages\.0: the delta could never learn",
+        ),
         (lambda t: None, TuckerConfig(scale=1, modules_to_save=["head"]), "modules_to_save: 'head' is not in the file"),
     ],
 )

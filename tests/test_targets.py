@@ -62,7 +62,10 @@ def test_selections(fields, names):
     [
         ({"target_modules": ["q_prj"]}, "'q_prj' matches no module; near misses: 'q_proj'"),
         ({"target_modules": ["q_proj", "stm"]}, "'stm' matches no module; near misses: 'stem'"),
-        ({"target_modules": "q_proj"}, r"target_modules='q_proj' matches no module: a string is a regex .* the whole name; the list \['q_proj'\]"),
+        (
+            {"target_modules": "q_proj"},
+            r"target_modules='q_proj' matches no module: a string is a regex .* the whole name; the list \['q_proj'\]",
+        ),
         ({"target_modules": "0"}, r"'0' matches no module: a string is a regex .* whole name; the list \['0'\] means"),
         ({"target_modules": "stm"}, "'stm' matches no module: a string is a regex .* whole name; near misses: 'stem'"),
         ({"target_modules": ["zzzzzz"]}, "there are 'embed', 'stem'"),
@@ -70,9 +73,18 @@ def test_selections(fields, names):
         ({"target_modules": ["up"]}, r"^up: target_modules=\('up',\) names it, but ConvTranspose1d is not supported"),
         ({"target_modules": ["act"]}, r"^act: .* names it, but ReLU is not"),
         ({"target_modules": ["norm"]}, r"^blocks\.0\.norm: .* names it, but LayerNorm is not"),
-        ({"target_modules": ["blocks"]}, r"^blocks: .*, but a ModuleList is no layer, it holds 6; the regex r'blocks\\\.\(\.\*"),
-        ({"target_modules": ["head"]}, r"^head: .*, but a Sequential is no layer, it holds 2; the regex r'head\\\.\.\*'"),
-        ({"target_modules": "head"}, r"^head: target_modules='head' .* a Sequential is no layer, it holds 2; the regex"),
+        (
+            {"target_modules": ["blocks"]},
+            r"^blocks: .*, but a ModuleList is no layer, it holds 6; the regex r'blocks\\\.\(\.\*",
+        ),
+        (
+            {"target_modules": ["head"]},
+            r"^head: .*, but a Sequential is no layer, it holds 2; the regex r'head\\\.\.\*'",
+        ),
+        (
+            {"target_modules": "head"},
+            r"^head: target_modules='head' .* a Sequential is no layer, it holds 2; the regex",
+        ),
         ({"target_modules": r"blocks\..*"}, r"^blocks\.0\.norm: target_modules=.* names it"),
         ({"target_modules": lambda name, module: name == "up"}, r"^up: target_modules=.* names it"),
         ({"target_modules": "act"}, "^act: target_modules='act' names it, but ReLU is not"),
