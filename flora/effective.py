@@ -15,7 +15,18 @@ from torch import Tensor
 METADATA = {
     *("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda", "is_cpu", "is_meta", "is_nested"),
     *("size", "dim", "stride", "numel", "is_floating_point", "element_size", "is_contiguous", "get_device"),
-    *("is_complex", "is_quantized", "is_sparse", "is_mkldnn", "is_inference", "names", "ndimension", "itemsize"),
+    *(
+        "grad_fn",
+        "is_leaf",
+        "is_complex",
+        "is_quantized",
+        "is_sparse",
+        "is_mkldnn",
+        "is_inference",
+        "names",
+        "ndimension",
+        "itemsize",
+    ),
 }
 """What may be asked of a weight without its values."""
 

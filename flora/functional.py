@@ -17,7 +17,7 @@ docs/methods.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -74,6 +74,11 @@ def _runs_in_c(*tensors: Tensor | None) -> bool:
     return True
 
 
+def _is_plain(x: Tensor) -> bool:
+    """Whether an input lies in strided memory: not sparse, not nested."""
+    return x.layout is torch.strided and not x.is_nested
+
+
 def _dtypes_fit(x: Tensor, weight: Tensor | None, tucker: Tucker) -> bool:
     compute = _COMPUTE.get(x.dtype)
     return (
@@ -122,6 +127,41 @@ def _add_to(y: Tensor, update: Tensor) -> Tensor:
 # The plans ---------------------------------------------------------------------------------------------------------
 
 
+def _twin_grads(
+    build: Callable[..., Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], dy: Tensor
+) -> list[Tensor | None]:
+    """The gradients of build(*inputs), each None unless needed, with a graph of their own if grad mode is on.
+
+    Aliases stand in for the inputs: where one input was computed from another (a layer that is applied twice), the path
+    between them is the engine's to walk, not ours.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases = [None if t is None else t.view_as(t) for t in inputs]
+        if not create_graph:
+            aliases = [None if a is None else a.detach().requires_grad_(n) for a, n in zip(aliases, needs, strict=True)]
+        y = build(*aliases)
+        wanted = [a for a, need in zip(aliases, needs, strict=True) if need and a is not None]
+        found = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=create_graph, allow_unused=True))
+    return [next(found) if need and a is not None else None for a, need in zip(aliases, needs, strict=True)]
+
+
+def _by_twin(dy: Tensor) -> bool:
+    """Whether a backward has to differentiate the twin: for create_graph, or a dy that C cannot see (batched, say)."""
+    batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # is_grads_batched's kind of vmap
+    return torch.is_grad_enabled() or batched or not _runs_in_c(dy)
+
+
+def _exactly(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    """A backward without autocast, whatever it is called under: its forward's tensors were cast already."""
+
+    def run(ctx: Any, dy: Tensor) -> Any:
+        with _exact("cpu"):
+            return backward(ctx, dy)
+
+    return run
+
+
 class _Fused(torch.autograd.Function):
     """y = op(x, W, b) + s·ΔW·x through the factors.
 
@@ -142,7 +182,7 @@ class _Fused(torch.autograd.Function):
     ) -> Tensor:
         needs = ctx.needs_input_grad
         ctx.op, ctx.scale, ctx.dropout = op, scale, dropout
-        ctx.seed = int(torch.randint(2**62, ())) if dropout > 0 else 0
+        ctx.seed = _seed() if dropout > 0 else 0
         dropped = x * _kept(x, dropout, ctx.seed) if dropout > 0 else x
         y, h = op.update_(op.base(x, weight, bias), dropped, Tucker(core, factors, scale), want_h=any(needs[6:]))
         of_input = needs[4] or needs[8]  # W; factors[1], the input's
@@ -151,23 +191,31 @@ class _Fused(torch.autograd.Function):
         return y
 
     @staticmethod
+    @_exactly
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, h, core, *factors = ctx.saved_tensors
         op, tucker, needs = ctx.op, Tucker(core, tuple(factors), ctx.scale), ctx.needs_input_grad[3:]
-        create_graph = torch.is_grad_enabled()
-        if x is None and create_graph:
+        by_twin = _by_twin(dy)
+        if x is None and by_twin:
             raise RuntimeError(
-                "create_graph needs the layer's input, which is not kept while neither its factor nor the weight learns"
+                "create_graph (or a batched gradient) needs the layer's input, which is not kept while neither its "
+                "factor nor the weight learns"
             )
         if x is None:  # only its shape and layout matter from here on
             shape, dtype, stride = ctx.x_like
             x = torch.empty_strided(shape, stride, dtype=dtype)
         kept = _kept(x, ctx.dropout, ctx.seed) if ctx.dropout > 0 else None
-        if create_graph:  # differentiate the twin
-            y = _add_to(op.base(x, weight, bias), op.twin(x if kept is None else x * kept, tucker))
-            return None, None, None, *_grads(y, (x, weight, bias, core, *factors), needs, dy)
+        if by_twin:
+
+            def twin(x: Tensor, weight: Tensor, bias: Tensor | None, *parts: Tensor) -> Tensor:
+                delta = op.twin(x if kept is None else x * kept, Tucker(parts[0], parts[1:], ctx.scale))
+                return _add_to(op.base(x, weight, bias), delta)
+
+            return None, None, None, *_twin_grads(twin, (x, weight, bias, core, *factors), needs, dy)
         dx, dw, db = op.base_backward(dy, x, weight, needs[:3])
         dw = None if dw is None else dw.to(weight.dtype)
+        if dx is None and not any(needs[3:]):
+            return None, None, None, dx, dw, db, *[None] * len(needs[3:])
         source = None if ctx.x_like is not None else x
         if kept is None:
             dx = None if dx is None else op.writable(dx)
@@ -182,9 +230,18 @@ class _Fused(torch.autograd.Function):
 
 def _kept(x: Tensor, dropout: float, seed: int) -> Tensor:
     """What dropout multiplies x by: 0 or 1 / (1 - dropout), the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.empty(x.shape, dtype=x.dtype).bernoulli_(1 - dropout, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    mask = torch.empty(x.shape, dtype=x.dtype, device="cpu").bernoulli_(1 - dropout, generator=generator)
     return mask.div_(1 - dropout)
+
+
+def _seed() -> int:
+    return int(torch.randint(2**62, (), device="cpu"))
+
+
+def _dropped(x: Tensor, dropout: float) -> Tensor:
+    """Dropout on a tensor that C may see: one stream of masks, with gradients and without."""
+    return x * _kept(x, dropout, _seed()) if dropout > 0 else x
 
 
 class _Effective(torch.autograd.Function):
@@ -207,13 +264,19 @@ class _Effective(torch.autograd.Function):
         return op.base(x, reconstruct(weight, Tucker(core, factors, scale)), bias)
 
     @staticmethod
+    @_exactly
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, core, *factors = ctx.saved_tensors
         tucker = Tucker(core, tuple(factors), ctx.scale)
         needs = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled():
-            y = ctx.op.base(x, weight + reference.reconstruct(core, factors, ctx.scale).to(weight.dtype), bias)
-            return None, None, None, *_grads(y, (x, weight, bias, core, *factors), needs, dy)
+        if _by_twin(dy):
+
+            def twin(x: Tensor, weight: Tensor, bias: Tensor | None, *parts: Tensor) -> Tensor:
+                delta = reference.reconstruct(parts[0], parts[1:], ctx.scale)
+                y: Tensor = ctx.op.base(x, _add_to(weight, delta), bias)
+                return y
+
+            return None, None, None, *_twin_grads(twin, (x, weight, bias, core, *factors), needs, dy)
         effective = reconstruct(weight, tucker) if needs[0] else weight
         of_delta = any(needs[3:])
         form = needs[1] or (of_delta and not ctx.hybrid)
@@ -237,12 +300,16 @@ class _Reconstruct(torch.autograd.Function):
         return reconstruct(weight, Tucker(core, factors, scale))
 
     @staticmethod
+    @_exactly
     def backward(ctx: Any, dw: Tensor) -> Any:
         core, *factors = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():
-            delta = reference.reconstruct(core, factors, ctx.scale)
-            return None, dw if needs[0] else None, *_grads(delta, (core, *factors), needs[1:], dw.to(delta.dtype))
+        if _by_twin(dw):
+
+            def twin(*parts: Tensor) -> Tensor:
+                return reference.reconstruct(parts[0], parts[1:], ctx.scale)
+
+            return None, dw if needs[0] else None, *_twin_grads(twin, (core, *factors), needs[1:], dw)
         parts = project(dw, Tucker(core, tuple(factors), ctx.scale), needs[1:])
         return None, dw if needs[0] else None, *parts
 
@@ -259,21 +326,20 @@ class _Update(torch.autograd.Function):
         return y
 
     @staticmethod
+    @_exactly
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, h, core, *factors = ctx.saved_tensors
         tucker = Tucker(core, tuple(factors), ctx.scale)
         needs = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():
-            y = ctx.op.twin(x, tucker)
-            return None, None, *_grads(y, (x, core, *factors), needs, dy.to(y.dtype))
+        if _by_twin(dy):
+
+            def twin(x: Tensor, *parts: Tensor) -> Tensor:
+                update: Tensor = ctx.op.twin(x, Tucker(parts[0], parts[1:], ctx.scale))
+                return update.to(x.dtype)
+
+            return None, None, *_twin_grads(twin, (x, core, *factors), needs, dy)
         dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs[0] else None
         return None, None, dx, *ctx.op.update_backward(dx, dy, x, h, tucker, needs[1:])
-
-
-def _grads(y: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool], dy: Tensor) -> list[Tensor | None]:
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
-    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
-    return [next(grads) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)]
 
 
 # What layers call --------------------------------------------------------------------------------------------------
@@ -325,14 +391,20 @@ def adapted(
         or any(f.requires_grad for f in tucker.factors)
         or (bias is not None and bias.requires_grad)
     )
+    if not _is_plain(x):  # sparse or nested: whatever the stock operation takes
+        if dropout > 0:
+            delta = effective_weight(None, tucker).to(weight.dtype)
+            return op.base(x, weight, bias) + op.base(F.dropout(x, dropout), delta, None)
+        return op.base(x, effective_weight(weight, tucker), bias)
     direct = _runs_in_c(x, weight, bias, tucker.core, *tucker.factors) and _dtypes_fit(x, weight, tucker)
     plan = resolve_plan(op, x, weight, tucker, plan, dropout, grad) if direct else "fused"
     if not direct:
         return _add_to(op.base(x, weight, bias), _twin(op, F.dropout(x, dropout) if dropout > 0 else x, tucker))
     if plan == "separate":
         delta = effective_weight(None, tucker)
-        source = F.dropout(x, dropout) if dropout > 0 else x
-        return _add_to(op.base(x, weight, bias), op.base(source.to(delta.dtype), delta, None))
+        with _exact("cpu"):
+            added = op.base(_dropped(x, dropout).to(delta.dtype), delta, None)
+        return _add_to(op.base(x, weight, bias), added)
     if grad:
         node = _Fused if plan == "fused" else _Effective
         option = dropout if plan == "fused" else plan == "hybrid"
@@ -341,18 +413,16 @@ def adapted(
         )
         return out
     if plan == "fused":
-        dropped = F.dropout(x, dropout) if dropout > 0 else x
-        return op.update_(op.base(x, weight, bias), dropped, tucker, want_h=False)[0]
+        return op.update_(op.base(x, weight, bias), _dropped(x, dropout), tucker, want_h=False)[0]
     return op.base(x, reconstruct(weight, tucker), bias)
 
 
 def update(op: Op, x: Tensor, tucker: Tucker, *, dropout: float = 0.0) -> Tensor:
     """s·ΔW·dropout(x) alone, of the stock operation's output shape and x's dtype: for bases that hide their weight."""
-    if dropout > 0:
-        x = F.dropout(x, dropout)
     (x,) = _autocast(x)  # type: ignore[assignment]
-    if not (_runs_in_c(x, tucker.core, *tucker.factors) and _dtypes_fit(x, None, tucker)):
-        return _twin(op, x, tucker).to(x.dtype)
+    if not (_is_plain(x) and _runs_in_c(x, tucker.core, *tucker.factors) and _dtypes_fit(x, None, tucker)):
+        return _twin(op, F.dropout(x, dropout) if dropout > 0 else x, tucker).to(x.dtype)
+    x = _dropped(x, dropout)
     if torch.is_grad_enabled():
         out: Tensor = _Update.apply(op, tucker.scale, x, tucker.core, *tucker.factors)  # type: ignore[no-untyped-call]
         return out
@@ -381,4 +451,5 @@ def embedding_update(ids: Tensor, tucker: Tucker, padding_idx: int | None) -> Te
     rows = F.embedding(ids, u_num)
     if padding_idx is not None:
         rows = rows.masked_fill((ids == padding_idx).unsqueeze(-1), 0)
-    return tucker.scale * (rows @ tucker.core @ u_dim.mT)
+    with _exact(ids.device.type):
+        return tucker.scale * (rows @ tucker.core @ u_dim.mT)

@@ -32,11 +32,16 @@ _CONVOLUTIONS: dict[Any, int] = {
 }
 
 
+_IN_PLACE_OPERATORS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__setitem__"}
+
+
 class Intercept(TorchFunctionMode):
     """Puts a layer's deltas into the forward that runs inside it.
 
     Parameters
     ----------
+    name
+        the module's, for messages.
     is_weight
         whether a tensor is the layer's weight.
     turned
@@ -54,6 +59,7 @@ class Intercept(TorchFunctionMode):
 
     def __init__(
         self,
+        name: str,
         is_weight: Callable[[Tensor], bool],
         turned: Callable[[Tensor], Tensor],
         stock: StockCall,
@@ -61,6 +67,7 @@ class Intercept(TorchFunctionMode):
         effective: Callable[[Tensor], Tensor],
     ) -> None:
         super().__init__()
+        self.name = name
         self.is_weight, self.turned = is_weight, turned
         self.stock, self.embedding, self.effective = stock, embedding, effective
         self.served = self.replaced = 0
@@ -78,7 +85,18 @@ class Intercept(TorchFunctionMode):
             self.served += 1
             self.learns |= torch.is_grad_enabled()
             return call()
-        return func(*self._substituted(args), **self._substituted(kwargs))
+        self._refuse_writes(func, args, kwargs)
+        detached = name_of(func) in ("data", "detach")
+        return func(*self._substituted(args, detached), **self._substituted(kwargs, detached))
+
+    def _refuse_writes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A write would go to W + s·ΔW, for the moment, and be lost, or carry ΔW into W for good."""
+        name = getattr(func, "__name__", "")
+        writes = name == "__set__" or (name.endswith("_") and not name.startswith("__")) or name in _IN_PLACE_OPERATORS
+        if (writes and args and self._matches(args[0])) or self._matches(kwargs.get("out")):
+            raise RuntimeError(
+                f"{self.name}: {name} writes to its weight in the forward, where the delta is a part of it"
+            )
 
     def _stock_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Tensor] | None:
         """The adapted form of a stock operation on the weight, or None if this call is not one."""
@@ -109,20 +127,20 @@ class Intercept(TorchFunctionMode):
     def _matches(self, value: Any) -> bool:
         return isinstance(value, Tensor) and self.is_weight(value)
 
-    def _substituted(self, value: Any) -> Any:
+    def _substituted(self, value: Any, detached: bool) -> Any:
         if isinstance(value, Tensor):
             if not self.is_weight(value):
                 return value
             self.replaced += 1
             grad = torch.is_grad_enabled()
-            self.learns |= grad
+            self.learns |= grad and not detached
             if grad not in self._values:
                 self._values[grad] = self.effective(value)
             return self._values[grad]
         if type(value) in (list, tuple):
-            return type(value)(self._substituted(v) for v in value)
+            return type(value)(self._substituted(v, detached) for v in value)
         if type(value) is dict:
-            return {k: self._substituted(v) for k, v in value.items()}
+            return {k: self._substituted(v, detached) for k, v in value.items()}
         return value
 
 

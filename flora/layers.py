@@ -183,7 +183,8 @@ class AdaptedLayer(nn.Module):
                 y = y + delta.update(op, x, delta.dropout if drop else 0.0).to(y.dtype)
             return y.squeeze(0) if unbatched else y
         except Exception as error:
-            given = f"{tuple(x.shape)} of {x.dtype} on {x.device}" if isinstance(x, Tensor) else repr(x)
+            plain = isinstance(x, Tensor) and not x.is_nested
+            given = f"{tuple(x.shape)} of {x.dtype} on {x.device}" if plain else repr(x)
             error.add_note(f"in {self._label}: input {given}, weight {tuple(weight.shape)} of {weight.dtype}")
             raise
 
@@ -245,7 +246,7 @@ class AdaptedLayer(nn.Module):
             def is_weight(tensor: Tensor) -> bool:
                 return tensor is computed or tensor is base._parameters.get(name) or tensor is base.__dict__.get(name)
 
-            watch = Intercept(is_weight, self._kind.turned, stock, embedding, effective)
+            watch = Intercept(self._label, is_weight, self._kind.turned, stock, embedding, effective)
             with watch:
                 y = base(*args, **kwargs)
         return y, watch
@@ -329,8 +330,16 @@ class AdaptedLayer(nn.Module):
             if self._original:
                 raise RuntimeError(f"{self._label}: {name} cannot be set while an adapter is merged; unmerge first")
             setattr(self.base_layer, name, value)
+        elif kind is not None and self._is_of_base(name):
+            setattr(self.base_layer, name, value)
         else:
             super().__setattr__(name, value)
+
+    def _is_of_base(self, name: str) -> bool:
+        """Whether an attribute is the base's and none of this class's own, as ``stride`` of a convolution."""
+        base = self._modules.get("base_layer")
+        own = name in self.__dict__ or name in self._modules or hasattr(type(self), name)
+        return base is not None and not own and hasattr(base, name)
 
     # Merging --------------------------------------------------------------------------------------------------------
 
@@ -428,10 +437,22 @@ class AdaptedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for parameter in (*self._original, *self._combined):
-            if parameter is not self.base_layer._parameters.get(self._kind.weight_name):
-                parameter.data = fn(parameter.data)
+        if self.merged:
+            self._original, self._combined = (
+                [self._moved(p, fn) for p in ps] for ps in (self._original, self._combined)
+            )
+            self._install()
         return self
+
+    def _moved(self, parameter: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> nn.Parameter:
+        """A parameter of a merged layer after `_apply`: the same object, if PyTorch lets it have the new storage."""
+        if parameter is self.base_layer._parameters.get(self._kind.weight_name):
+            return parameter  # moved with the base
+        moved = fn(parameter.data)
+        if not torch._has_compatible_shallow_copy_type(parameter, moved):
+            return nn.Parameter(moved, parameter.requires_grad)
+        parameter.data = moved
+        return parameter
 
     def plan_of(self, adapter: str) -> str:
         """How the layer computes with this adapter: its plan, "own forward", "opaque" or "lookup"."""

@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -417,6 +419,106 @@ def test_gradients_without_x(case, dropout):
         grads.append(torch.autograd.grad(y.square().sum(), inputs))
     for with_x, without in zip(*grads, strict=True):
         torch.testing.assert_close(without, with_x)
-    with pytest.raises(RuntimeError, match="create_graph needs the layer's input"):
+    with pytest.raises(RuntimeError, match="needs the layer's input"):
         y = functional.adapted(op, x, w, None, tucker, plan="fused")
         torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+# Autograd's other doors -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_create_graph_where_the_input_depends_on_the_layers_own_parameters(plan):
+    layer = flora.wrap(nn.Linear(6, 6, dtype=torch.float64), flora.TuckerConfig(rank=3, plan=plan))
+    nn.init.normal_(layer.deltas["default"].core)
+    parameters = tuple(layer.deltas.parameters())
+    x = torch.randn(4, 6, dtype=torch.float64)
+    y = layer(layer(x)).square().sum()
+    once = torch.autograd.grad(y, parameters, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(y, parameters, create_graph=True), once)
+
+    def penalty(compute):
+        grads = torch.autograd.grad(compute(compute(x)).square().sum(), parameters, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), parameters)
+
+    def plain(x):
+        weight = layer.base_layer.weight + layer.deltas["default"].delta_weight(layer.base_layer.weight)
+        return F.linear(x, weight, layer.bias)
+
+    torch.testing.assert_close(penalty(layer), penalty(plain))
+
+
+@pytest.mark.parametrize("plan", ["fused", "merged"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_with_dropout_draws_the_same_mask_again(reentrant, plan):
+    dropout = 0.5 if plan == "fused" else 0.0
+    layer = flora.wrap(nn.Linear(8, 8), flora.TuckerConfig(rank=3, plan=plan, dropout=dropout))
+    nn.init.normal_(layer.deltas["default"].core)
+    x = torch.randn(4, 8, requires_grad=True)
+    grads = []
+    for run in (layer, lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant)):
+        torch.manual_seed(0)
+        layer.zero_grad()
+        run(x).square().sum().backward()
+        grads.append([p.grad.clone() for p in layer.deltas.parameters()])
+    torch.testing.assert_close(*grads)
+
+
+def test_only_the_bias_learns():
+    for module, x in [(nn.Linear(5, 7), torch.randn(3, 5)), (nn.Conv2d(4, 6, 3), torch.randn(2, 4, 5, 5))]:
+        for plan in PLANS:
+            layer = flora.wrap(module, flora.TuckerConfig(rank=3, plan=plan))
+            layer.deltas.requires_grad_(False)
+            module.bias.requires_grad_(True)
+            module.bias.grad = None
+            y = layer(x)
+            y.sum().backward()
+            torch.testing.assert_close(module.bias.grad, torch.full_like(module.bias, y[:, 0].numel()))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("module", [nn.Linear(8, 6), nn.Conv2d(8, 6, 3)], ids=["linear", "conv"])
+def test_backward_under_autocast_and_batched_gradients(module, plan):
+    layer = flora.wrap(module, flora.TuckerConfig(rank=3, plan=plan))
+    nn.init.normal_(layer.deltas["default"].core)
+    x = (torch.randn(2, 8, 5, 5) if isinstance(module, nn.Conv2d) else torch.randn(4, 8)).requires_grad_()
+    parameters = (x, *layer.deltas.parameters())
+    y = layer(x)
+    dy = torch.randn(3, *y.shape)
+    expected = [torch.autograd.grad(y, parameters, d, retain_graph=True) for d in dy]
+    with torch.autocast("cpu", torch.bfloat16):
+        again = torch.autograd.grad(y, parameters, dy[0], retain_graph=True)
+    torch.testing.assert_close(again, expected[0])
+    batched = torch.autograd.grad(y, parameters, dy, is_grads_batched=True)
+    for i, grads in enumerate(expected):
+        torch.testing.assert_close([b[i] for b in batched], list(grads), rtol=1e-4, atol=1e-4)
+
+
+def test_nested_and_sparse_inputs_go_where_the_stock_layer_goes(layer):
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(layer(x.to_sparse()), layer(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PyTorch's: nested tensors are a prototype
+        nested = torch.nested.nested_tensor([x, x[:2]])
+    for ours, rows in zip(layer(nested).unbind(), (x, x[:2]), strict=True):
+        torch.testing.assert_close(ours, layer(rows))
+
+
+def test_dropout_under_another_default_device():
+    layer = flora.wrap(nn.Linear(5, 7), flora.TuckerConfig(rank=3, dropout=0.5))
+    x = torch.randn(3, 5)
+    with torch.device("meta"):
+        assert layer(x).device.type == "cpu"
+
+
+def test_autocast_does_not_narrow_the_delta_of_a_depthwise_layer_or_a_table():
+    conv = flora.wrap(nn.Conv2d(6, 6, 3, groups=6, bias=False), flora.TuckerConfig(rank=3, plan="merged"))
+    table = flora.wrap(nn.Embedding(9, 6), flora.TuckerConfig(rank=3))
+    x = torch.randn(2, 6, 5, 5).bfloat16().float()  # what autocast does to it is no rounding
+    for layer, source, bound in ((conv, x, 2**-8), (table, torch.arange(9), 1e-6)):
+        nn.init.normal_(layer.deltas["default"].core)
+        nn.init.zeros_(layer.base_layer.weight)
+        exact = layer(source)
+        with torch.autocast("cpu", torch.bfloat16):
+            narrow = layer(source)
+        assert ((narrow - exact).abs() <= bound * exact.abs() + 1e-6).all()  # one rounding of the result at most

@@ -512,6 +512,62 @@ def test_transformers_conv1d():
         torch.testing.assert_close(layer(x), expected)
 
 
+@pytest.mark.parametrize("write", ["data", "clamp_", "out"])
+def test_a_forward_that_writes_to_its_weight_is_refused(write):
+    class Writes(nn.Linear):
+        def forward(self, x):
+            if write == "data":
+                self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.1)
+            elif write == "clamp_":
+                with torch.no_grad():
+                    self.weight.clamp_(-0.1, 0.1)
+            else:
+                torch.mul(self.weight.detach(), 2, out=self.weight)
+            return super().forward(x)
+
+    base = Writes(5, 7).requires_grad_(False)
+    weight = base.weight.clone()
+    with pytest.raises(RuntimeError, match="Writes: .* writes to its weight"):
+        flora.layers.wrap(base, CONFIG)(torch.ones(2, 5))
+    assert torch.equal(base.weight, weight)
+
+
+def test_a_weight_handed_to_another_module_inside_the_forward():
+    class Hands(nn.Linear):
+        def forward(self, x):
+            other = nn.Linear(5, 7)
+            other.weight, other.bias = self.weight, self.bias
+            return other(x)
+
+    layer = wrapped(Hands(5, 7))
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_a_detached_weight_alone_is_an_error():
+    class Detached(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.data.t()
+
+    with pytest.raises(RuntimeError, match="could not learn"):
+        wrapped(Detached(5, 7))(torch.randn(3, 5))
+
+
+def test_an_attribute_of_the_base_is_set_on_the_base():
+    layer = wrapped(nn.Conv2d(4, 6, 3))
+    layer.stride = (2, 2)
+    assert layer.base_layer.stride == (2, 2) and layer(torch.randn(1, 4, 7, 7)).shape == (1, 6, 3, 3)
+    layer.note = "mine"
+    assert not hasattr(layer.base_layer, "note")
+
+
+def test_meta_while_merged():
+    layer = wrapped(nn.Linear(5, 7))
+    layer.merge()
+    layer.to("meta").unmerge()
+    assert layer.base_layer.weight.is_meta
+
+
 # Attributes, state, several adapters -------------------------------------------------------------------------------
 
 
