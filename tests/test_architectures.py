@@ -166,6 +166,7 @@ def test_merging_and_back(case):
     before, state = case.run(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert not torch.equal(before[0], base[0])
     flora.merge(model)
+    assert_same_state(model.state_dict(), state)
     for merged, unmerged in zip(case.run(model), before, strict=True):
         torch.testing.assert_close(merged, unmerged, rtol=1e-3, atol=1e-4 * float(unmerged.abs().max()))
     with flora.disabled(model):
