@@ -685,7 +685,6 @@ def test_an_evaluation_with_gradients_does_not_count_as_a_training_step():
         model.train()(x)
 
 
-
 # The rest ----------------------------------------------------------------------------------------------------------
 
 
