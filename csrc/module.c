@@ -97,20 +97,14 @@ static PyObject *sequence(const call *c, PyObject *object, const char *name, Py_
     return items;
 }
 
-/* Borrows up to FLORA_MAX_ORDER arrays, each of which may be None; gives their number, or -1. The loans keep the
- * arrays alive. */
-static int borrow_sequence(call *c, PyObject *object, const char *name, int flags, const flora_view **views) {
-    PyObject *items = sequence(c, object, name, FLORA_MAX_ORDER);
-    if (items == NULL) {
-        return -1;
-    }
-    int count = (int)PyTuple_Size(items);
+/* Borrows the arrays in a tuple of `sequence`, each of which may be None; gives their number, or -1. */
+static int borrow_items(call *c, PyObject *items, const char *name, int flags, const flora_view **views) {
+    const int count = (int)PyTuple_Size(items);
     for (int i = 0; i < count; i++) {
         if (borrow_one(c, PyTuple_GetItem(items, i), name, i, flags | OPTIONAL, &views[i]) < 0) {
-            count = -1;
+            return -1;
         }
     }
-    Py_DECREF(items);
     return count;
 }
 
@@ -146,6 +140,8 @@ static int parse_ints(const call *c, PyObject *object, const char *name, int max
     return count;
 }
 
+/* Everything that may run Python code (__float__, __index__, a sequence's items) is parsed before the first array is
+ * borrowed: such code could free an array's memory. */
 static int parse_scale(const call *c, PyObject *object, double *scale) {
     *scale = PyFloat_AsDouble(object);
     if (*scale == -1.0 && PyErr_Occurred()) {
@@ -261,7 +257,7 @@ static PyObject *tucker_linear_forward(PyObject *module, PyObject *const *args, 
     if (begin(&c, module, "tucker_linear_forward", nargs, 7) < 0) {
         return NULL;
     }
-    if (borrow_all(&c, args, specs, 6, v) == 0 && parse_scale(&c, args[6], &scale) == 0) {
+    if (parse_scale(&c, args[6], &scale) == 0 && borrow_all(&c, args, specs, 6, v) == 0) {
         RUN(c, result, flora_tucker_linear_forward, v[0], v[1], v[2], v[3], v[4], v[5], scale);
     }
     end(&c);
@@ -298,7 +294,7 @@ static PyObject *tucker_linear_backward(PyObject *module, PyObject *const *args,
     if (begin(&c, module, "tucker_linear_backward", nargs, 11) < 0) {
         return NULL;
     }
-    if (borrow_all(&c, args, specs, 10, v) == 0 && parse_scale(&c, args[10], &scale) == 0) {
+    if (parse_scale(&c, args[10], &scale) == 0 && borrow_all(&c, args, specs, 10, v) == 0) {
         RUN(c, result, flora_tucker_linear_backward, v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], scale);
     }
     end(&c);
@@ -331,8 +327,8 @@ static PyObject *tucker_conv_forward(PyObject *module, PyObject *const *args, Py
     if (begin(&c, module, "tucker_conv_forward", nargs, 12) < 0) {
         return NULL;
     }
-    if (borrow_all(&c, args, specs, 6, v) == 0 && parse_scale(&c, args[6], &scale) == 0 &&
-        parse_geometry(&c, args + 7, &geometry) == 0) {
+    if (parse_scale(&c, args[6], &scale) == 0 && parse_geometry(&c, args + 7, &geometry) == 0 &&
+        borrow_all(&c, args, specs, 6, v) == 0) {
         RUN(c, result, flora_tucker_conv_forward, v[0], v[1], v[2], v[3], v[4], v[5], scale, &geometry);
     }
     end(&c);
@@ -368,8 +364,8 @@ static PyObject *tucker_conv_backward(PyObject *module, PyObject *const *args, P
     if (begin(&c, module, "tucker_conv_backward", nargs, 16) < 0) {
         return NULL;
     }
-    if (borrow_all(&c, args, specs, 10, v) == 0 && parse_scale(&c, args[10], &scale) == 0 &&
-        parse_geometry(&c, args + 11, &geometry) == 0) {
+    if (parse_scale(&c, args[10], &scale) == 0 && parse_geometry(&c, args + 11, &geometry) == 0 &&
+        borrow_all(&c, args, specs, 10, v) == 0) {
         RUN(c, result, flora_tucker_conv_backward, v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], scale,
             &geometry);
     }
@@ -396,7 +392,7 @@ static PyObject *conv_weight_gradient(PyObject *module, PyObject *const *args, P
     if (begin(&c, module, "conv_weight_gradient", nargs, 8) < 0) {
         return NULL;
     }
-    if (borrow_all(&c, args, specs, 3, v) == 0 && parse_geometry(&c, args + 3, &geometry) == 0) {
+    if (parse_geometry(&c, args + 3, &geometry) == 0 && borrow_all(&c, args, specs, 3, v) == 0) {
         RUN(c, result, flora_conv_weight_gradient, v[0], v[1], v[2], &geometry);
     }
     end(&c);
@@ -422,10 +418,12 @@ static PyObject *tucker_reconstruct(PyObject *module, PyObject *const *args, Py_
     if (begin(&c, module, "tucker_reconstruct", nargs, 5) < 0) {
         return NULL;
     }
-    if (borrow_all(&c, args, specs, 3, v) == 0 && (order = borrow_sequence(&c, args[3], "factors", IN, factors)) >= 0 &&
-        parse_scale(&c, args[4], &scale) == 0) {
+    PyObject *items = sequence(&c, args[3], "factors", FLORA_MAX_ORDER);
+    if (items != NULL && parse_scale(&c, args[4], &scale) == 0 && borrow_all(&c, args, specs, 3, v) == 0 &&
+        (order = borrow_items(&c, items, "factors", IN, factors)) >= 0) {
         RUN(c, result, flora_tucker_reconstruct, v[0], v[1], v[2], factors, order, scale);
     }
+    Py_XDECREF(items);
     end(&c);
     return result;
 }
@@ -451,16 +449,20 @@ static PyObject *tucker_reconstruct_backward(PyObject *module, PyObject *const *
     if (begin(&c, module, "tucker_reconstruct_backward", nargs, 6) < 0) {
         return NULL;
     }
-    if (borrow_one(&c, args[0], "d_core", -1, OUT | OPTIONAL, &d_core) == 0 &&
-        (outputs = borrow_sequence(&c, args[1], "d_factors", OUT, d_factors)) >= 0 &&
-        borrow_all(&c, args + 2, specs, 2, v) == 0 &&
-        (order = borrow_sequence(&c, args[4], "factors", IN, factors)) >= 0 && parse_scale(&c, args[5], &scale) == 0) {
+    PyObject *d_items = sequence(&c, args[1], "d_factors", FLORA_MAX_ORDER);
+    PyObject *items = d_items == NULL ? NULL : sequence(&c, args[4], "factors", FLORA_MAX_ORDER);
+    if (items != NULL && parse_scale(&c, args[5], &scale) == 0 &&
+        borrow_one(&c, args[0], "d_core", -1, OUT | OPTIONAL, &d_core) == 0 &&
+        (outputs = borrow_items(&c, d_items, "d_factors", OUT, d_factors)) >= 0 &&
+        borrow_all(&c, args + 2, specs, 2, v) == 0 && (order = borrow_items(&c, items, "factors", IN, factors)) >= 0) {
         if (outputs != order) {
             PyErr_Format(PyExc_ValueError, "%s: d_factors has %d entries, factors %d", c.function, outputs, order);
         } else {
             RUN(c, result, flora_tucker_reconstruct_backward, d_core, d_factors, v[0], v[1], factors, order, scale);
         }
     }
+    Py_XDECREF(items);
+    Py_XDECREF(d_items);
     end(&c);
     return result;
 }

@@ -226,6 +226,22 @@ flora_status flora_check_spatial(const flora_geometry *geometry, int mode, int64
     return FLORA_OK;
 }
 
+int64_t flora_pad_source(flora_padding_mode mode, int64_t at, int64_t extent) {
+    if (at >= 0 && at < extent)
+        return at;
+    switch (mode) {
+    case FLORA_PAD_REFLECT:
+        return at < 0 ? -at : 2 * (extent - 1) - at;
+    case FLORA_PAD_REPLICATE:
+        return at < 0 ? 0 : extent - 1;
+    case FLORA_PAD_CIRCULAR:
+        return at < 0 ? at + extent : at - extent;
+    case FLORA_PAD_ZEROS:
+        break;
+    }
+    return -1;
+}
+
 /* Pixels -------------------------------------------------------------------------------------------------------- */
 
 flora_pixels flora_pixels_of(int ndim, const int64_t *extent, const int64_t *stride) {

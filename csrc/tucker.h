@@ -36,6 +36,10 @@ flora_status flora_check_geometry(const flora_geometry *geometry, char *error);
 flora_status flora_check_spatial(const flora_geometry *geometry, int mode, int64_t extent, int64_t kernel,
                                  int64_t *padded, int64_t *out, char *error);
 
+/* The input position that a position of the padded input shows, counted from the first that is not padding; -1: zero.
+ */
+int64_t flora_pad_source(flora_padding_mode mode, int64_t at, int64_t extent);
+
 /* Pixels -------------------------------------------------------------------------------------------------------- */
 
 /* Positions numbered in row-major order over up to FLORA_MAX_NDIM modes, whose strides are merged where they can be.

@@ -63,6 +63,13 @@ static flora_status check(const arguments *a, flora_layer *layer, char *error) {
         return flora_fail(error, FLORA_BAD_VALUE, "%lld output channels cannot be divided in %lld groups",
                           (long long)to->shape[1], (long long)layer->groups);
     layer->c_out = to->shape[1] / layer->groups;
+    int64_t product;
+    if ((layer->groups > 1 && (layer->c_in == 0 || layer->c_out == 0 || layer->r_in == 0)) ||
+        __builtin_mul_overflow(layer->groups, layer->c_in, &product) ||
+        __builtin_mul_overflow(layer->groups, layer->r_in, &product))
+        return flora_fail(
+            error, FLORA_BAD_VALUE, "groups=%lld do not fit %lld input and %lld output channels a group with rank %lld",
+            (long long)layer->groups, (long long)layer->c_in, (long long)layer->c_out, (long long)layer->r_in);
     if (layer->core == NULL && layer->r_in != layer->r_out)
         return flora_fail(error, FLORA_BAD_SHAPE,
                           "without a core the ranks of u_in and u_out must agree, not %lld and %lld",

@@ -294,21 +294,7 @@ static void core_gradient(const plan *p, const tile *t, const void *dk, void *su
 
 /* The input position that padded position `i` of a mode shows, or -1 for a zero. */
 static int64_t shown(const flora_layer *layer, int mode, int64_t i) {
-    const int64_t extent = layer->in[mode];
-    i -= layer->geometry.padding[mode][0];
-    if (i >= 0 && i < extent)
-        return i;
-    switch (layer->geometry.mode) {
-    case FLORA_PAD_REFLECT:
-        return i < 0 ? -i : 2 * (extent - 1) - i;
-    case FLORA_PAD_REPLICATE:
-        return i < 0 ? 0 : extent - 1;
-    case FLORA_PAD_CIRCULAR:
-        return i < 0 ? i + extent : i - extent;
-    case FLORA_PAD_ZEROS:
-        break;
-    }
-    return -1;
+    return flora_pad_source(layer->geometry.mode, i - layer->geometry.padding[mode][0], layer->in[mode]);
 }
 
 static int is_padding(const flora_layer *layer, int mode, int64_t i) {

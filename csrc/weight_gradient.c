@@ -20,6 +20,7 @@
 enum {
     MODES = FLORA_MAX_SPATIAL, /* fewer spatial modes get leading ones of extent 1 */
     TASKS = 16,                /* blocks are cut by images until there are as many tasks as this */
+    MOST_LANES = 16,           /* floats in the widest vector, 64 bytes */
     LINES = 8                  /* lines of dy at a time, so that what they see of x stays in the first-level cache */
 };
 
@@ -56,11 +57,13 @@ static char *element(const gradient *g, void *base, int64_t n) {
     return (char *)base + n * (int64_t)g->kernels->real_size;
 }
 
-/* tile (pixels, LANES) = one line of `pixels` of LANES channels; channel q of them is first_of(q) · channel in `view`.
+/* tile (pixels, LANES) = one line of `view` from `offset` on: `pixels` of the `count` channels that are named.
  */
 static void load_line(const gradient *g, int chunk, const flora_view *view, int64_t offset, int64_t pixels,
                       int64_t pixel_stride, const int64_t *channels, int64_t count, char *tile) {
     const flora_kernels *k = g->kernels;
+    if (pixels == 0)
+        return;
     const int64_t lanes = k->lanes, stride = view->strides[1];
     const int64_t line_w = flora_round_up(pixels, lanes);
     const int64_t step = count > 1 ? channels[1] - channels[0] : 1;
@@ -84,37 +87,21 @@ static void load_line(const gradient *g, int chunk, const flora_view *view, int6
     memcpy(tile, turned, (size_t)(pixels * lanes) * k->real_size);
 }
 
-/* Where a padded coordinate comes from; -1: from nowhere, it is zero. */
-static int64_t source(flora_padding_mode mode, int64_t at, int64_t extent) {
-    if (at >= 0 && at < extent)
-        return at;
-    switch (mode) {
-    case FLORA_PAD_REFLECT:
-        return at < 0 ? -at : 2 * (extent - 1) - at;
-    case FLORA_PAD_REPLICATE:
-        return at < 0 ? 0 : extent - 1;
-    case FLORA_PAD_CIRCULAR:
-        return at < 0 ? at + extent : at - extent;
-    default:
-        return -1;
-    }
-}
-
 /* x_tile (*padded, LANES) of one image, the halo by the padding mode. In mode zeros the halo is zero already. */
 static void load_x(const gradient *g, int chunk, int64_t image, const int64_t *channels, int64_t count) {
     const int64_t lanes = g->kernels->lanes, *padded = g->padded;
     char *tile = in_room(g, chunk, g->x_tile);
     for (int64_t d = 0; d < padded[0]; d++)
         for (int64_t h = 0; h < padded[1]; h++) {
-            const int64_t from_d = source(g->mode, d - g->before[0], g->in[0]);
-            const int64_t from_h = source(g->mode, h - g->before[1], g->in[1]);
+            const int64_t from_d = flora_pad_source(g->mode, d - g->before[0], g->in[0]);
+            const int64_t from_h = flora_pad_source(g->mode, h - g->before[1], g->in[1]);
             if (from_d < 0 || from_h < 0)
                 continue;
             char *line = element(g, tile, (d * padded[1] + h) * padded[2] * lanes);
             load_line(g, chunk, g->x, image * g->x->strides[0] + from_d * g->x_stride[0] + from_h * g->x_stride[1],
                       g->in[2], g->x_stride[2], channels, count, element(g, line, g->before[2] * lanes));
             for (int64_t w = 0; g->mode != FLORA_PAD_ZEROS && w < padded[2]; w++) {
-                const int64_t from = source(g->mode, w - g->before[2], g->in[2]) + g->before[2];
+                const int64_t from = flora_pad_source(g->mode, w - g->before[2], g->in[2]) + g->before[2];
                 if (from != w)
                     memcpy(element(g, line, w * lanes), element(g, line, from * lanes),
                            (size_t)lanes * g->kernels->real_size);
@@ -162,7 +149,7 @@ static void gradient_chunk(int chunk, void *gradient_) {
          task < flora_chunk_begin(tasks, chunk + 1, g->chunks); task++) {
         const int64_t block = task % g->blocks, part = task / g->blocks;
         const int64_t first = block * lanes, count = flora_min(lanes, g->d_out - first);
-        int64_t outputs[64], inputs[64]; /* LANES is 16 at most */
+        int64_t outputs[MOST_LANES], inputs[MOST_LANES];
         char *sums = reals(g, g->sums, task * g->width * taps * lanes);
         memset(sums, 0, (size_t)(g->width * taps * lanes) * g->kernels->real_size);
         for (int64_t q = 0; q < count; q++)
@@ -231,6 +218,11 @@ static flora_status check(gradient *g, const flora_view *d_weight, const flora_v
             return status;
         x_shape[2 + i] = g->in[to], dy_shape[2 + i] = g->out[to];
     }
+    int64_t padded = 1, taps = g->width;
+    for (int i = 0; i < MODES; i++)
+        if (__builtin_mul_overflow(padded, g->padded[i], &padded) || __builtin_mul_overflow(taps, g->kernel[i], &taps))
+            return flora_fail(error, FLORA_BAD_SHAPE, "a padded extent of %lld makes the input too large",
+                              (long long)g->padded[i]);
     const flora_dtype act = x->dtype, real = flora_compute_dtype(act);
     if ((status = flora_expect(x, "x", act, ndim + 2, x_shape, error)) != FLORA_OK ||
         (status = flora_expect(dy, "dy", act, ndim + 2, dy_shape, error)) != FLORA_OK ||
@@ -254,8 +246,9 @@ static void plan(gradient *g) {
     g->sums = flora_reserve(&g->scratch, g->parts * g->blocks, g->width * taps_of(g), lanes, real);
     flora_scratch room = {.size = 0};
     const int64_t longest = flora_round_up(flora_max(g->in[2], g->out[2]), lanes);
-    g->x_tile = flora_reserve(&room, g->padded[0] * g->padded[1], g->padded[2], lanes, real);
-    g->dy_tile = flora_reserve(&room, g->out[0] * g->out[1], g->out[2], lanes, real);
+    const int64_t images = flora_min(g->batch, 1); /* no tiles for an empty batch */
+    g->x_tile = flora_reserve(&room, images * g->padded[0] * g->padded[1], g->padded[2], lanes, real);
+    g->dy_tile = flora_reserve(&room, images * g->out[0] * g->out[1], g->out[2], lanes, real);
     g->line = flora_reserve(&room, longest, lanes, 1, real);
     g->turned = flora_reserve(&room, longest, lanes, 1, real);
     g->room_size = (int64_t)room.size;

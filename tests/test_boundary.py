@@ -484,7 +484,10 @@ def test_everything_borrowed_is_given_back_on_failure():
         _core.tucker_reconstruct(out, weight, CORE, [None], "scale")
     with pytest.raises(ValueError, match="factors"):
         _core.tucker_reconstruct(out, weight, CORE, [None] * 6, 1.0)
-    assert (out.deleted, weight.deleted) == (5, 5)
+    assert (out.deleted, weight.deleted) == (3, 3)  # these two were refused before anything was borrowed
+    with pytest.raises(TypeError):
+        _core.tucker_reconstruct(out, weight, CORE, [1.0], 1.0)
+    assert (out.deleted, weight.deleted) == (4, 4)
 
 
 def test_a_deleter_may_raise_without_harm():
@@ -703,3 +706,41 @@ def test_calls_from_several_threads():
 def test_nothing_leaks(script):
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_padding_whose_product_overflows_is_refused():
+    one = torch.ones(1, 1, 1, 1, 1)
+    padding = (0, 4095, 2**20, 2**52 - 2**20 - 1, 0, 0)
+    with pytest.raises(ValueError, match="makes the input too large"):
+        _core.conv_weight_gradient(one.clone(), one, one, (2**60,) * 3, padding, (1, 1, 1), 1, "zeros")
+
+
+def test_groups_that_overflow_are_refused():
+    y = x = torch.empty(1, 0, 3, 3)
+    with pytest.raises(ValueError, match="groups=4611686018427387904 do not fit"):
+        _core.tucker_conv_forward(
+            y, None, x, torch.ones(4, 2), torch.ones(2, 2, 1, 1), torch.ones(0, 2), 1.0, (1, 1), (0,) * 4, (1, 1),
+            2**62, "zeros",
+        )  # fmt: skip
+
+
+def test_arguments_that_run_code_are_read_before_any_array_is_borrowed():
+    x = torch.ones(1, 2, 64, 64)
+
+    class Frees:
+        def __index__(self):
+            x.untyped_storage().resize_(0)
+            return 1
+
+    with pytest.raises(ValueError, match="x has 8192 elements but no memory"):
+        _core.tucker_conv_forward(
+            torch.ones(1, 2, 64, 64), None, x, torch.ones(2, 2), torch.ones(2, 2, 1, 1), torch.ones(2, 2), 1.0, (1, 1),
+            (0,) * 4, (1, 1), Frees(), "zeros",
+        )  # fmt: skip
+
+
+def test_an_empty_batch_of_huge_planes_needs_no_memory():
+    x = torch.empty(0, 1, 2**20, 2**20)
+    gradient = torch.full((1, 1, 3, 3), 7.0)
+    _core.conv_weight_gradient(gradient, x, x, (1, 1), (1, 1, 1, 1), (1, 1), 1, "zeros")
+    assert torch.count_nonzero(gradient) == 0
