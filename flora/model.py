@@ -295,7 +295,10 @@ def _watched(model: nn.Module) -> State | None:
     state: State | None = model.__dict__.get("_flora_state")
     if state is None or not state.watching or torch.compiler.is_compiling():
         return None
-    return state if model.training and torch.is_grad_enabled() else None
+    if not model.training or not torch.is_grad_enabled():
+        return None
+    away = any(layer.merged or not layer.enabled for layer in adapted_layers(model).values())
+    return None if away else state
 
 
 def forget_reached(model: nn.Module, args: Any) -> None:

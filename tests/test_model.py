@@ -663,6 +663,11 @@ def test_a_delta_that_a_training_step_never_reached_is_warned_about_once():
         model.eval()(x)
         with torch.no_grad():
             model.train()(x)
+        with disabled(model):
+            model(x)
+        merge(model)
+        model(x)
+        unmerge(model)
     with pytest.warns(UserWarning, match="did not reach the deltas of unused: they will not learn"):
         model(x)
     with warnings.catch_warnings():
