@@ -435,8 +435,8 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: no such path.
-        ValueError: a damaged or foreign file, an adapter of another base, a module that is not there, a delta that is to
-            learn and never could: the message names the file and the module. The model is as it was.
+        ValueError: a damaged or foreign file, an adapter of another base, a module that is not there, or a delta that
+            is to learn and never could: the message names the file and the module. The model is as it was.
         RuntimeError: the model is merged.
 
     Warns:
