@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class AdaptedLayer(nn.Module):
     deltas: nn.ModuleDict
     name: str
     reached: bool
-    """Whether a forward with gradients has used the deltas."""
+    """Whether a forward in training, or with gradients, has used the deltas."""
 
     def __init__(self, base_layer: nn.Module, *, name: str = "") -> None:
         super().__init__()
@@ -156,7 +157,7 @@ class AdaptedLayer(nn.Module):
         base, deltas = self.base_layer, self._in_use()
         if not deltas:
             return base(*args, **kwargs)
-        if torch.is_grad_enabled():
+        if self.training or torch.is_grad_enabled():  # reentrant checkpointing trains with gradients off at first
             self.__dict__["reached"] = True
         kind = self._kind
         if kind.opaque:
@@ -517,6 +518,11 @@ def check_adapter_name(name: str) -> None:
         raise ValueError(f"adapter name {name!r} is taken by a method of torch.nn.ModuleDict")
 
 
+def _alone(config: DeltaConfig) -> DeltaConfig:
+    """A configuration for one layer by itself, which has no name that a pattern could match."""
+    return replace(config, rank_pattern=None, scale_pattern=None).for_module("")
+
+
 def wrap(module: nn.Module, config: DeltaConfig, name: str = "default") -> AdaptedLayer:
     """One layer with one delta on it, drop-in; the layer is frozen.
 
@@ -529,7 +535,7 @@ def wrap(module: nn.Module, config: DeltaConfig, name: str = "default") -> Adapt
     state = [(p, p.requires_grad) for p in module.parameters()]
     layer = AdaptedLayer(module)
     try:
-        layer.add_delta(name, config.for_module(""))
+        layer.add_delta(name, _alone(config))
     except BaseException:
         for parameter, flag in state:
             parameter.requires_grad_(flag)
@@ -545,7 +551,7 @@ class _Built(AdaptedLayer):
 
     def __init__(self, base_layer: nn.Module, delta: DeltaConfig) -> None:
         super().__init__(base_layer)
-        self.add_delta("default", delta.for_module(""))
+        self.add_delta("default", _alone(delta))
         self.set_active(["default"])
 
 

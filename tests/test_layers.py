@@ -842,3 +842,9 @@ def test_wrong_input_raises_what_the_base_raises():
         with pytest.raises(RuntimeError) as ours:
             flora.wrap(base, CONFIG)(x)
         assert type(ours.value) is type(theirs.value)
+
+
+def test_patterns_select_nothing_on_a_layer_by_itself():
+    config = flora.TuckerConfig(rank=2, rank_pattern={".*": 3}, scale_pattern={".*": 9.0})
+    delta = flora.wrap(nn.Linear(5, 7), config).deltas["default"]
+    assert delta.ranks == (2, 2) and delta.scale == 1.0

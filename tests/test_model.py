@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+import torch.utils.checkpoint
 import transformers
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -732,3 +733,15 @@ def test_dropout_leaves_packed_attention_alone_under_all_and_is_an_error_when_na
     assert "dropout=0.1 is not possible on MultiheadAttention" in str(summary(model))
     with pytest.raises(ValueError, match="self_attn: .*dropout=0.1 is not possible"):
         adapt(make(), TuckerConfig(rank=2, dropout=0.1, target_modules=["self_attn"]))
+
+
+def test_reentrant_checkpointing_is_no_reason_for_a_warning():
+    class Checkpointed(nn.Sequential):
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=True)
+
+    model = adapt(Checkpointed(nn.Linear(4, 4), nn.Linear(4, 4)), TuckerConfig(rank=2)).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(2, 4, requires_grad=True)).sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if name.endswith("core"))
