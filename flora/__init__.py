@@ -9,7 +9,8 @@
 
 from flora.config import DeltaConfig, TuckerConfig
 from flora.deltas import Delta, TuckerDelta
-from flora.layers import AdaptedLayer, Conv1d, Conv2d, Conv3d, Embedding, Linear, wrap
+from flora.drop_in import Conv1d, Conv2d, Conv3d, Embedding, Linear
+from flora.layers import AdaptedLayer, wrap
 from flora.model import adapt, add_adapter, delete_adapter, disabled, merge, set_adapter, unload, unmerge
 from flora.report import summary
 from flora.serialization import load_adapter, save_adapter

@@ -26,7 +26,7 @@ from flora.intercept import Intercept
 from flora.kinds import ATTENTION, EMBEDDING, describe, is_adaptable, kind_of, refusal
 from flora.ops import ConvOp, Op
 
-__all__ = ["AdaptedLayer", "Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "is_adaptable", "refusal", "wrap"]
+__all__ = ["AdaptedLayer", "alone", "check_adapter_name", "is_adaptable", "refusal", "wrap"]
 
 
 class AdaptedLayer(nn.Module):
@@ -518,7 +518,7 @@ def check_adapter_name(name: str) -> None:
         raise ValueError(f"adapter name {name!r} is taken by a method of torch.nn.ModuleDict")
 
 
-def _alone(config: DeltaConfig) -> DeltaConfig:
+def alone(config: DeltaConfig) -> DeltaConfig:
     """A configuration for one layer by itself, which has no name that a pattern could match."""
     return replace(config, rank_pattern=None, scale_pattern=None).for_module("")
 
@@ -535,7 +535,7 @@ def wrap(module: nn.Module, config: DeltaConfig, name: str = "default") -> Adapt
     state = [(p, p.requires_grad) for p in module.parameters()]
     layer = AdaptedLayer(module)
     try:
-        layer.add_delta(name, _alone(config))
+        layer.add_delta(name, alone(config))
     except BaseException:
         for parameter, flag in state:
             parameter.requires_grad_(flag)
@@ -544,47 +544,3 @@ def wrap(module: nn.Module, config: DeltaConfig, name: str = "default") -> Adapt
         parameter.requires_grad_(False)
     layer.set_active([name])
     return layer
-
-
-class _Built(AdaptedLayer):
-    """An AdaptedLayer that makes its own base."""
-
-    def __init__(self, base_layer: nn.Module, delta: DeltaConfig) -> None:
-        super().__init__(base_layer)
-        self.add_delta("default", _alone(delta))
-        self.set_active(["default"])
-
-
-class Linear(_Built):
-    """`torch.nn.Linear` with a delta: x (..., in_features) to (..., out_features). ``delta`` is a configuration."""
-
-    def __init__(self, in_features: int, out_features: int, *args: Any, delta: DeltaConfig, **kwargs: Any) -> None:
-        super().__init__(nn.Linear(in_features, out_features, *args, **kwargs), delta)
-
-
-class Conv1d(_Built):
-    """`torch.nn.Conv1d` with a delta: x (batch, in_channels, length). ``delta`` is a configuration."""
-
-    def __init__(self, in_channels: int, out_channels: int, *args: Any, delta: DeltaConfig, **kwargs: Any) -> None:
-        super().__init__(nn.Conv1d(in_channels, out_channels, *args, **kwargs), delta)
-
-
-class Conv2d(_Built):
-    """`torch.nn.Conv2d` with a delta: x (batch, in_channels, height, width). ``delta`` is a configuration."""
-
-    def __init__(self, in_channels: int, out_channels: int, *args: Any, delta: DeltaConfig, **kwargs: Any) -> None:
-        super().__init__(nn.Conv2d(in_channels, out_channels, *args, **kwargs), delta)
-
-
-class Conv3d(_Built):
-    """`torch.nn.Conv3d` with a delta: x (batch, in_channels, depth, height, width). ``delta`` is a configuration."""
-
-    def __init__(self, in_channels: int, out_channels: int, *args: Any, delta: DeltaConfig, **kwargs: Any) -> None:
-        super().__init__(nn.Conv3d(in_channels, out_channels, *args, **kwargs), delta)
-
-
-class Embedding(_Built):
-    """`torch.nn.Embedding` with a delta: ids (...) to (..., embedding_dim). ``delta`` is a configuration."""
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, *args: Any, delta: DeltaConfig, **kwargs: Any) -> None:
-        super().__init__(nn.Embedding(num_embeddings, embedding_dim, *args, **kwargs), delta)

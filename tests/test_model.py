@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from flora.config import TuckerConfig
-from flora.layers import AdaptedLayer, Conv2d, Linear, wrap
+from flora.drop_in import Conv2d, Linear
+from flora.layers import AdaptedLayer, wrap
 from flora.model import (
     adapt,
     adapted_layers,

@@ -21,7 +21,8 @@ from torch import nn
 
 from flora import folders
 from flora.config import TuckerConfig
-from flora.layers import AdaptedLayer, Conv2d, wrap
+from flora.drop_in import Conv2d
+from flora.layers import AdaptedLayer, wrap
 from flora.model import adapt, adapted_layers, merge, saved_modules, set_adapter, state_of, unload
 from flora.report import summary
 from flora.serialization import CONFIG_FILE, TENSORS_FILE, fingerprint, load_adapter, read_adapter, save_adapter
