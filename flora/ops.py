@@ -152,9 +152,11 @@ class ConvOp(NamedTuple):
         in_c = needs[1] and self.groups > 1 and weight.shape[1] <= FEW_CHANNELS
         dw = None
         if in_c:
-            dw = torch.empty(weight.shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+            dw = x.new_empty(weight.shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
             _core.conv_weight_gradient(dw, _resolved(dy), _resolved(x), *self._arguments())
             needs = (needs[0], False, needs[2])
+            if not any(needs):
+                return None, dw, None
         with torch.enable_grad():  # the graph of the padding alone, where there is one
             source = x.detach().requires_grad_(needs[0])
             padded, padding = self._pad(source)
