@@ -163,6 +163,7 @@ static void sweep(const plan *p, const flora_field *field, const tile *t, int64_
         const int64_t count = flora_min(BLOCK, channels - c);
         int64_t a_pixel, a_channel;
         const void *a = block_of(p, field, t, t->group * channels + c, count, room, &a_pixel, &a_channel);
+        const void *ahead = a == room ? NULL : c + BLOCK < channels ? reals(p, a, BLOCK * a_channel) : reals(p, a, t->pixels * a_pixel - c * a_channel);
         if (product != NULL)
             multiply(p, (flora_gemm){.m = t->pixels,
                                      .n = product_w,
@@ -174,7 +175,8 @@ static void sweep(const plan *p, const flora_field *field, const tile *t, int64_
                                      .b_k = product_w,
                                      .c_in = c ? product : NULL,
                                      .c = product,
-                                     .c_m = product_w});
+                                     .c_m = product_w,
+                                     .ahead = ahead});
         if (sums != NULL)
             multiply(p, (flora_gemm){.m = count,
                                      .n = with_w,
@@ -186,7 +188,8 @@ static void sweep(const plan *p, const flora_field *field, const tile *t, int64_
                                      .b_k = with_w,
                                      .c_in = reals(p, sums, c * with_w),
                                      .c = reals(p, sums, c * with_w),
-                                     .c_m = with_w});
+                                     .c_m = with_w,
+                                     .ahead = product == NULL ? ahead : NULL});
     }
 }
 

@@ -11,26 +11,41 @@
  * how m and n are cut.
  */
 
-/* c (rows, (vecs - 1) · LANES + width) from a, b of the same block; rows and vecs are constants after inlining. */
+/* c (rows, (vecs - 1) · LANES + width) from a, b of the same block; rows and vecs are constants after inlining.
+ * Fetches the next block's a (if not NULL) or c into the cache meanwhile. */
 FLORA_INLINE void PRIVATE(block)(const int rows, const int vecs, const flora_gemm *g, const real *a, const real *b,
-                                 const act *c_in, act *c, int64_t width) {
+                                 const act *c_in, act *c, int64_t width, const real *a_next, const act *c_next) {
     vec sum[16][2];
     const int64_t a_m = g->a_m, a_k = g->a_k, b_k = g->b_k, c_m = g->c_m;
+    const int64_t line = 64 / sizeof(real), a_step = a_k == 1 ? a_m : a_k, a_line = a_k == 1 ? line : line * a_k;
     FLORA_UNROLL
     for (int i = 0; i < rows; i++) {
         FLORA_UNROLL
-        for (int j = 0; j < vecs; j++)
+        for (int j = 0; j < vecs; j++) {
             sum[i][j] = (vec){0};
+            if (c_next != NULL)
+                __builtin_prefetch(c_next + i * c_m + j * LANES, 1);
+        }
     }
     for (int64_t t = 0; t < g->taps; t++) {
         const real *a_l = g->a_taps ? a + g->a_taps[t] : a;
         const real *b_l = g->b_taps ? b + g->b_taps[t] : b;
-        for (int64_t l = g->k; l > 0; l--, a_l += a_k, b_l += b_k) {
-            FLORA_UNROLL
-            for (int i = 0; i < rows; i++) {
+        for (int64_t left = g->k; left > 0; left -= line) {
+            if (a_next != NULL) {
                 FLORA_UNROLL
-                for (int j = 0; j < vecs; j++)
-                    sum[i][j] += a_l[i * a_m] * REAL(load)(b_l + j * LANES);
+                for (int q = 0; q < 16; q++)
+                    __builtin_prefetch(a_next + q * a_step);
+                a_next += a_line;
+            }
+            const real *upper = a_l + 8 * a_m;
+            __asm__("" : "+r"(upper)); /* a base of its own, else 16 rows need more index registers than there are */
+            for (int64_t l = left < line ? left : line; l > 0; l--, a_l += a_k, upper += a_k, b_l += b_k) {
+                FLORA_UNROLL
+                for (int i = 0; i < rows; i++) {
+                    FLORA_UNROLL
+                    for (int j = 0; j < vecs; j++)
+                        sum[i][j] += (i < 8 ? a_l[i * a_m] : upper[(i - 8) * a_m]) * REAL(load)(b_l + j * LANES);
+                }
             }
         }
     }
@@ -52,19 +67,23 @@ FLORA_INLINE void PRIVATE(strip)(const int rows, const flora_gemm *g, int64_t i)
     const real *a = (const real *)g->a + i * g->a_m, *b = g->b;
     const act *c_in = g->c_in ? (const act *)g->c_in + i * g->c_m : NULL;
     act *c = (act *)g->c + i * g->c_m;
+    const real *a_next = g->ahead == NULL ? NULL : i + rows < g->m ? a + rows * g->a_m : g->ahead;
     int64_t j = 0;
     for (; g->n - j > LANES; j += 2 * LANES) {
         int64_t width = g->n - j - LANES;
-        PRIVATE(block)(rows, 2, g, a, b + j, c_in ? c_in + j : NULL, c + j, width < LANES ? width : LANES);
+        const act *c_next = j + 2 * LANES < g->n ? c + j + 2 * LANES : c + rows * g->c_m;
+        PRIVATE(block)(rows, 2, g, a, b + j, c_in ? c_in + j : NULL, c + j, width < LANES ? width : LANES, j ? NULL : a_next, c_next);
     }
     if (j < g->n)
-        PRIVATE(block)(rows, 1, g, a, b + j, c_in ? c_in + j : NULL, c + j, g->n - j);
+        PRIVATE(block)(rows, 1, g, a, b + j, c_in ? c_in + j : NULL, c + j, g->n - j, NULL, c + rows * g->c_m);
 }
 
 /* The same where n is one vector at most. */
 FLORA_INLINE void PRIVATE(narrow_strip)(const int rows, const flora_gemm *g, int64_t i) {
-    PRIVATE(block)(rows, 1, g, (const real *)g->a + i * g->a_m, g->b,
-                   g->c_in ? (const act *)g->c_in + i * g->c_m : NULL, (act *)g->c + i * g->c_m, g->n);
+    const real *a = (const real *)g->a + i * g->a_m;
+    const real *a_next = g->ahead == NULL ? NULL : i + rows < g->m ? a + rows * g->a_m : g->ahead;
+    PRIVATE(block)(rows, 1, g, a, g->b,
+                   g->c_in ? (const act *)g->c_in + i * g->c_m : NULL, (act *)g->c + i * g->c_m, g->n, a_next, NULL);
 }
 
 /* Rows are taken in blocks of the register tile's height, the rest in halves of it; a height of 0 drops out. */
