@@ -25,7 +25,8 @@ enum {
     ROW_TILE = 64,    /* pixels of a tile: enough for a parameter gradient to be loaded and stored rarely … */
     PLANE_TILE = 128, /* … and, where pixels are the vector, for lines long enough to prefetch */
     BLOCK = 128,      /* channels taken at a time, so that a block of a tile stays in the first-level cache */
-    LINE_TILE = 256   /* pixels of dh's lines in a task of the transposed convolution */
+    LINE_TILE = 256,  /* pixels of dh's lines in a task of the transposed convolution */
+    MOST_GAP = 16     /* pixels between two lines that are computed in vain, at most */
 };
 
 /* Layer, scratch and the places in it. Names ending in _w are row widths (ranks padded to the vector). */
@@ -33,7 +34,8 @@ typedef struct {
     const flora_layer *layer;
     const flora_kernels *kernels;
     flora_scratch scratch;
-    int64_t tile, in_w, out_w, y_w, dx_w;
+    int64_t tile, in_tile, out_tile; /* pixels: the most of any tile, and of one of input or output pixels */
+    int64_t in_w, out_w, y_w, dx_w;
 
     /* packed factors */
     size_t u_in;      /* (c_in, in_w) */
@@ -52,8 +54,12 @@ typedef struct {
     flora_pixels h_in, h_out; /* its pixels as the input numbers them, and (for tap 0) the output */
     int owns_h;               /* h is scratch, since the caller has none */
     size_t h_scratch;
-    size_t dk; /* (batch, groups, *out, out_w) */
-    size_t dh; /* (batch, groups, *padded, in_w) */
+    size_t dk; /* (batch, groups, *(out + margins), out_w) */
+    int64_t dk_size, dk_margin[FLORA_MAX_SPATIAL][2], dk_interior;
+    flora_pixels dk_out, dk_in; /* its pixels as the output numbers them, and as the input does (for offset 0) */
+    int gathers;                /* dh's tiles are gathered from dk's image, whose margins are zero */
+    size_t taps_dk, taps_core_t; /* (taps) int64: where dh's taps are in dk's image, and in `core_t` */
+    size_t dh;                   /* (batch, groups, *padded, in_w), unless gathered */
     int64_t dh_interior;
     flora_pixels dh_in;
 
@@ -61,7 +67,8 @@ typedef struct {
     int chunks;
     size_t rooms, sums;
     int64_t room_size, sums_size;                                                         /* bytes */
-    size_t h_tile, k_tile, dk_tile, dh_tile, turned, block, line_taps_dk, line_taps_core; /* within a room */
+    size_t h_tile, k_tile, dk_tile, dh_tile, turned, block, span;  /* within a room */
+    size_t line_taps_dk, line_taps_core, runs_h, runs_dk;
     size_t d_u_in, d_core, d_u_out; /* within the sums: (c_in, in_w), (taps, r_in, out_w), (groups · c_out, out_w) */
 } plan;
 
@@ -244,52 +251,116 @@ static void store_h(const plan *p, const tile *t, const void *h_tile) {
     }
 }
 
-/* k (pixels, out_w) = Σ_tap h(at tap) · G_tapᵀ, from the padded image h, line by line. */
-static void convolve(const plan *p, const tile *t, void *k_tile) {
-    const flora_layer *layer = p->layer;
-    for (int64_t done = 0, run; done < t->pixels; done += run) {
-        const int64_t offset = flora_pixel_at(&p->h_out, t->first + done, &run);
-        run = flora_min(run, t->pixels - done);
-        multiply(
-            p, (flora_gemm){.m = run,
-                            .n = p->out_w,
-                            .k = layer->r_in,
-                            .a = reals(p, p->h, t->image * p->h_batch + t->group * layer->r_in * p->h_channel + offset),
-                            .a_m = flora_pixel_stride(&p->h_out),
-                            .a_k = p->h_channel,
-                            .b = at(p, p->core),
-                            .b_k = p->out_w,
-                            .taps = layer->taps,
-                            .a_taps = at(p, p->taps_a),
-                            .b_taps = at(p, p->taps_core),
-                            .c = reals(p, k_tile, done * p->out_w),
-                            .c_m = p->out_w});
+/* How many pixels of a tile, from `first` on, one product of `correlate` takes; *span: the pixels it computes for them.
+ * Lines are short where images are deep, and a product with few rows is slow. So it runs on over the pixels between two
+ * lines, if they are few, and what it computes there is dropped. */
+static int64_t correlated(const flora_pixels *pixels, int64_t first, int64_t count, int64_t *span) {
+    const int last = pixels->ndim - 1;
+    const int64_t line = pixels->extent[last], column = first % line;
+    *span = flora_min(line - column, count);
+    if (last == 0 || pixels->stride[last] < 1 || pixels->stride[last - 1] % pixels->stride[last] != 0)
+        return *span;
+    const int64_t pitch = pixels->stride[last - 1] / pixels->stride[last], gap = pitch - line;
+    if (gap < 0 || gap > MOST_GAP || 2 * gap > line)
+        return *span;
+    const int64_t taken = flora_min(count, (pixels->extent[last - 1] - first / line % pixels->extent[last - 1]) * line - column);
+    *span = taken + (column + taken - 1) / line * gap;
+    return taken;
+}
+
+/* out (pixels, width) = Σ_tap image (pixel at tap, depth) · matrix_tap (depth, width): the small convolution */
+static void correlate(const plan *p, const tile *t, const flora_pixels *pixels, const void *image, int64_t channel,
+                      int64_t depth, const int64_t *taps, const void *matrix, const int64_t *matrix_taps,
+                      int64_t width, void *span_room, void *out) {
+    for (int64_t done = 0, taken; done < t->pixels; done += taken) {
+        int64_t span, run;
+        const int64_t offset = flora_pixel_at(pixels, t->first + done, &run);
+        taken = correlated(pixels, t->first + done, t->pixels - done, &span);
+        multiply(p, (flora_gemm){.m = span,
+                                 .n = width,
+                                 .k = depth,
+                                 .a = reals(p, image, offset),
+                                 .a_m = flora_pixel_stride(pixels),
+                                 .a_k = channel,
+                                 .b = matrix,
+                                 .b_k = width,
+                                 .taps = p->layer->taps,
+                                 .a_taps = taps,
+                                 .b_taps = matrix_taps,
+                                 .c = span == taken ? reals(p, out, done * width) : span_room,
+                                 .c_m = width});
+        if (span == taken)
+            continue;
+        const int64_t line = pixels->extent[pixels->ndim - 1];
+        for (int64_t kept = 0, from = 0; kept < taken; kept += run) {
+            run = flora_min(line - (t->first + done + kept) % line, taken - kept);
+            memcpy(reals(p, out, (done + kept) * width), reals(p, span_room, from * width),
+                   (size_t)(run * width) * p->kernels->real_size);
+            from += run + pixels->stride[pixels->ndim - 2] / pixels->stride[pixels->ndim - 1] - line;
+        }
     }
 }
 
-/* dG_tap (r_in, out_w) += h(at tap)ᵀ · dk, transposed so that h, whose rows are not padded, is the broadcast side. */
-static void core_gradient(const plan *p, const tile *t, const void *dk, void *sums) {
+/* k (pixels, out_w) = Σ_tap h(at tap) · G_tapᵀ, from the padded image h */
+static void convolve(const plan *p, int chunk, const tile *t, void *k_tile) {
+    const void *image = reals(p, p->h, t->image * p->h_batch + t->group * p->layer->r_in * p->h_channel);
+    correlate(p, t, &p->h_out, image, p->h_channel, p->layer->r_in, at(p, p->taps_a), at(p, p->core),
+              at(p, p->taps_core), p->out_w, in_room(p, chunk, p->span), k_tile);
+}
+
+/* dh (pixels, in_w) = Σ_tap dk(at tap) · G_tap, from dk's image with its margins */
+static void convolve_back(const plan *p, int chunk, const tile *t, void *dh_tile) {
+    const void *image = reals(p, at(p, p->dk), (t->image * p->layer->groups + t->group) * p->dk_size);
+    correlate(p, t, &p->dk_in, image, 1, p->layer->r_out, at(p, p->taps_dk), at(p, p->core_t), at(p, p->taps_core_t),
+              p->in_w, in_room(p, chunk, p->span), dh_tile);
+}
+
+/* dG_tap (r_in, out_w) += h(at tap)ᵀ · dk, transposed so that h, whose rows are not padded, is the broadcast side. Runs
+ * of equal length are the taps of one product, so that its sums stay in registers. */
+static void core_gradient(const plan *p, int chunk, const tile *t, const void *dk, void *sums) {
     const flora_layer *layer = p->layer;
     const int64_t *taps = at(p, p->taps_a);
-    for (int64_t done = 0, run; done < t->pixels; done += run) {
-        const int64_t offset = flora_pixel_at(&p->h_out, t->first + done, &run);
-        run = flora_min(run, t->pixels - done);
+    int64_t *runs_h = in_room(p, chunk, p->runs_h), *runs_dk = in_room(p, chunk, p->runs_dk);
+    const void *image = reals(p, p->h, t->image * p->h_batch + t->group * layer->r_in * p->h_channel);
+    for (int64_t done = 0; done < t->pixels;) {
+        int64_t run = 0, runs = 0;
+        for (int64_t length; done < t->pixels; done += length) {
+            const int64_t offset = flora_pixel_at(&p->h_out, t->first + done, &length);
+            length = flora_min(length, t->pixels - done);
+            if (runs > 0 && length != run)
+                break;
+            run = length;
+            runs_h[runs] = offset;
+            runs_dk[runs++] = done * p->out_w;
+        }
         for (int64_t tap = 0; tap < layer->taps; tap++) {
             void *sum = reals(p, sums, tap * layer->r_in * p->out_w);
             multiply(p, (flora_gemm){.m = layer->r_in,
                                      .n = p->out_w,
                                      .k = run,
-                                     .a = reals(p, p->h,
-                                                t->image * p->h_batch + t->group * layer->r_in * p->h_channel + offset +
-                                                    taps[tap]),
+                                     .a = reals(p, image, taps[tap]),
                                      .a_m = p->h_channel,
                                      .a_k = flora_pixel_stride(&p->h_out),
-                                     .b = reals(p, dk, done * p->out_w),
+                                     .b = dk,
                                      .b_k = p->out_w,
+                                     .taps = runs,
+                                     .a_taps = runs_h,
+                                     .b_taps = runs_dk,
                                      .c_in = sum,
                                      .c = sum,
                                      .c_m = p->out_w});
         }
+    }
+}
+
+/* dk's tile into its image */
+static void store_dk(const plan *p, const tile *t, const void *dk_tile) {
+    char *image = reals(p, at(p, p->dk), (t->image * p->layer->groups + t->group) * p->dk_size + p->dk_interior);
+    for (int64_t done = 0, run; done < t->pixels; done += run) {
+        const int64_t offset = flora_pixel_at(&p->dk_out, t->first + done, &run);
+        run = flora_min(run, t->pixels - done);
+        memcpy(reals(p, image, offset), reals(p, dk_tile, done * p->out_w),
+               (size_t)(run * p->out_w) * p->kernels->real_size);
     }
 }
 
@@ -432,19 +503,65 @@ static void load_dh(const plan *p, const tile *t, void *dh_tile) {
     }
 }
 
+/* Zeros in the margins of dk's image of one image and group, line by line. */
+static void clear_margins(const plan *p, int64_t slice) {
+    const flora_layer *layer = p->layer;
+    const int last = layer->ndim - 1;
+    const size_t pixel = (size_t)p->out_w * p->kernels->real_size;
+    const int64_t before = p->dk_margin[last][0], after = p->dk_margin[last][1], length = before + layer->out[last] + after;
+    const int64_t lines = p->dk_size / (length * p->out_w);
+    for (int64_t line = 0; line < lines; line++) {
+        char *begin = reals(p, at(p, p->dk), slice * p->dk_size + line * length * p->out_w);
+        int inside = 1;
+        for (int64_t mode = last - 1, rest = line; mode >= 0; mode--) {
+            const int64_t extent = p->dk_margin[mode][0] + layer->out[mode] + p->dk_margin[mode][1];
+            const int64_t i = rest % extent - p->dk_margin[mode][0];
+            inside = inside && i >= 0 && i < layer->out[mode];
+            rest /= extent;
+        }
+        if (inside) {
+            memset(begin, 0, (size_t)before * pixel);
+            memset(begin + (size_t)(before + layer->out[last]) * pixel, 0, (size_t)after * pixel);
+        } else {
+            memset(begin, 0, (size_t)length * pixel);
+        }
+    }
+}
+
 /* Tiles as tasks --------------------------------------------------------------------------------------------------- */
 
-static int64_t tile_count(const plan *p, int64_t pixels) {
-    return p->layer->batch * p->layer->groups * ((pixels + p->tile - 1) / p->tile);
+static int64_t tile_count(const plan *p, int64_t pixels, int64_t most) {
+    return p->layer->batch * p->layer->groups * ((pixels + most - 1) / most);
+}
+
+static int64_t in_tiles(const plan *p) {
+    return tile_count(p, p->layer->in_pixels, p->in_tile);
+}
+
+static int64_t out_tiles(const plan *p) {
+    return tile_count(p, p->layer->out_pixels, p->out_tile);
 }
 
 /* The tile of a task: tiles of a group, groups of an image, images. */
-static tile tile_of(const plan *p, int64_t task, int64_t pixels) {
-    const int64_t tiles = (pixels + p->tile - 1) / p->tile, slice = task / tiles, first = task % tiles * p->tile;
+static tile tile_of(const plan *p, int64_t task, int64_t pixels, int64_t most) {
+    const int64_t tiles = (pixels + most - 1) / most, slice = task / tiles, first = task % tiles * most;
     return (tile){.image = slice / p->layer->groups,
                   .group = slice % p->layer->groups,
                   .first = first,
-                  .pixels = flora_min(p->tile, pixels - first)};
+                  .pixels = flora_min(most, pixels - first)};
+}
+
+static tile in_tile_of(const plan *p, int64_t task) {
+    return tile_of(p, task, p->layer->in_pixels, p->in_tile);
+}
+
+static tile out_tile_of(const plan *p, int64_t task) {
+    return tile_of(p, task, p->layer->out_pixels, p->out_tile);
+}
+
+/* Whole lines, if any fit in a tile. */
+static int64_t whole_lines(int64_t most, int64_t line) {
+    return line > 0 && line <= most ? most / line * line : most;
 }
 
 static void project_x(const plan *p, const tile *t, void *room, void *h_tile) {
@@ -454,11 +571,11 @@ static void project_x(const plan *p, const tile *t, void *room, void *h_tile) {
 /* h of all images, tile by tile */
 static void project_chunk(int chunk, void *plan_) {
     const plan *p = plan_;
-    const int64_t pixels = p->layer->in_pixels, tasks = tile_count(p, pixels);
+    const int64_t tasks = in_tiles(p);
     void *h_tile = in_room(p, chunk, p->h_tile), *block = in_room(p, chunk, p->block);
     for (int64_t task = flora_chunk_begin(tasks, chunk, p->chunks);
          task < flora_chunk_begin(tasks, chunk + 1, p->chunks); task++) {
-        const tile t = tile_of(p, task, pixels);
+        const tile t = in_tile_of(p, task);
         project_x(p, &t, block, h_tile);
         store_h(p, &t, h_tile);
     }
@@ -499,11 +616,11 @@ static const void *mix(const plan *p, const tile *t, const void *h_tile, void *k
 static void forward_chunk(int chunk, void *plan_) {
     const plan *p = plan_;
     const flora_layer *layer = p->layer;
-    const int64_t tasks = tile_count(p, layer->out_pixels);
+    const int64_t tasks = out_tiles(p);
     void *h_tile = in_room(p, chunk, p->h_tile), *k_tile = in_room(p, chunk, p->k_tile);
     for (int64_t task = flora_chunk_begin(tasks, chunk, p->chunks);
          task < flora_chunk_begin(tasks, chunk + 1, p->chunks); task++) {
-        const tile t = tile_of(p, task, layer->out_pixels);
+        const tile t = out_tile_of(p, task);
         const void *k = k_tile;
         if (layer->pointwise) {
             project_x(p, &t, in_room(p, chunk, p->block), h_tile);
@@ -511,7 +628,7 @@ static void forward_chunk(int chunk, void *plan_) {
                 store_h(p, &t, h_tile);
             k = mix(p, &t, h_tile, k_tile);
         } else {
-            convolve(p, &t, k_tile);
+            convolve(p, chunk, &t, k_tile);
         }
         const int64_t u = layer->y.planes ? t.group * layer->c_out * layer->r_out : t.group * layer->r_out * p->y_w;
         expand(p, &layer->y, &t, layer->c_out, k, p->out_w, layer->r_out, reals(p, at(p, p->to_y), u), p->y_w,
@@ -534,19 +651,16 @@ static void finish_tile(const plan *p, int chunk, const tile *t, const void *dh_
 static void backward_chunk(int chunk, void *plan_) {
     const plan *p = plan_;
     const flora_layer *layer = p->layer;
-    const int64_t tasks = tile_count(p, layer->out_pixels);
+    const int64_t tasks = out_tiles(p);
     const int needs_k = layer->d_u_out != NULL, needs_h = needs_k || layer->d_core != NULL;
     void *h_tile = in_room(p, chunk, p->h_tile), *k_tile = in_room(p, chunk, p->k_tile);
     void *dh_tile = in_room(p, chunk, p->dh_tile), *block = in_room(p, chunk, p->block);
     memset(in_sums(p, chunk, 0), 0, (size_t)p->sums_size);
     for (int64_t task = flora_chunk_begin(tasks, chunk, p->chunks);
          task < flora_chunk_begin(tasks, chunk + 1, p->chunks); task++) {
-        const tile t = tile_of(p, task, layer->out_pixels);
+        const tile t = out_tile_of(p, task);
         const void *k = k_tile;
-        void *dk = layer->pointwise
-                       ? in_room(p, chunk, p->dk_tile)
-                       : reals(p, at(p, p->dk),
-                               ((t.image * layer->groups + t.group) * layer->out_pixels + t.first) * p->out_w);
+        void *dk = in_room(p, chunk, p->dk_tile);
         if (layer->pointwise && needs_h) {
             if (p->h != NULL)
                 load_h(p, &t, h_tile);
@@ -555,15 +669,18 @@ static void backward_chunk(int chunk, void *plan_) {
             if (needs_k)
                 k = mix(p, &t, h_tile, k_tile);
         } else if (needs_k) {
-            convolve(p, &t, k_tile);
+            convolve(p, chunk, &t, k_tile);
         }
         const int64_t u = t.group * layer->c_out * p->out_w;
         sweep(p, &layer->dy, &t, layer->c_out, block, dk, reals(p, at(p, p->u_out), u), p->out_w,
               needs_k ? reals(p, in_sums(p, chunk, p->d_u_out), u) : NULL, k, p->out_w);
-        if (layer->d_core != NULL && !layer->pointwise)
-            core_gradient(p, &t, dk, in_sums(p, chunk, p->d_core));
-        if (!layer->pointwise)
+        if (!layer->pointwise) {
+            if (layer->d_core != NULL)
+                core_gradient(p, chunk, &t, dk, in_sums(p, chunk, p->d_core));
+            if (p->dk_size > 0)
+                store_dk(p, &t, dk);
             continue;
+        }
         if (layer->d_core != NULL)
             multiply(p, (flora_gemm){.m = layer->r_in,
                                      .n = p->out_w,
@@ -604,6 +721,14 @@ static void transposed_chunk(int chunk, void *plan_) {
     }
 }
 
+static void margins_chunk(int chunk, void *plan_) {
+    const plan *p = plan_;
+    const int64_t slices = p->layer->batch * p->layer->groups;
+    for (int64_t slice = flora_chunk_begin(slices, chunk, p->chunks);
+         slice < flora_chunk_begin(slices, chunk + 1, p->chunks); slice++)
+        clear_margins(p, slice);
+}
+
 static void fold_chunk(int chunk, void *plan_) {
     const plan *p = plan_;
     const int64_t slices = p->layer->batch * p->layer->groups;
@@ -614,12 +739,15 @@ static void fold_chunk(int chunk, void *plan_) {
 
 static void finish_chunk(int chunk, void *plan_) {
     const plan *p = plan_;
-    const int64_t pixels = p->layer->in_pixels, tasks = tile_count(p, pixels);
+    const int64_t tasks = in_tiles(p);
     void *dh_tile = in_room(p, chunk, p->dh_tile);
     for (int64_t task = flora_chunk_begin(tasks, chunk, p->chunks);
          task < flora_chunk_begin(tasks, chunk + 1, p->chunks); task++) {
-        const tile t = tile_of(p, task, pixels);
-        load_dh(p, &t, dh_tile);
+        const tile t = in_tile_of(p, task);
+        if (p->gathers)
+            convolve_back(p, chunk, &t, dh_tile);
+        else
+            load_dh(p, &t, dh_tile);
         finish_tile(p, chunk, &t, dh_tile);
     }
 }
@@ -713,6 +841,8 @@ static void plan_common(plan *p, const flora_layer *layer, int planes, int spare
     p->layer = layer;
     p->kernels = layer->kernels;
     p->tile = planes ? PLANE_TILE : ROW_TILE;
+    p->in_tile = layer->pointwise ? p->tile : whole_lines(p->tile, layer->in[layer->ndim - 1]);
+    p->out_tile = layer->pointwise ? p->tile : whole_lines(p->tile, layer->out[layer->ndim - 1]);
     p->in_w = flora_round_up(layer->r_in, p->kernels->lanes);
     p->out_w = flora_round_up(layer->r_out, p->kernels->lanes);
     p->y_w = flora_round_up(layer->c_out, p->kernels->lanes);
@@ -757,6 +887,36 @@ static void plan_common(plan *p, const flora_layer *layer, int planes, int spare
     p->taps_core = flora_reserve(&p->scratch, layer->taps, 1, 1, sizeof(int64_t));
 }
 
+/* dk's image: with margins, such that all taps of every input pixel are in it, where dh can be gathered from it. Else, with
+ * strides, or a padding that receives a gradient of its own, the transposed convolution scatters. */
+static void plan_dk(plan *p) {
+    const flora_layer *layer = p->layer;
+    int64_t stride[FLORA_MAX_SPATIAL];
+    p->gathers = layer->geometry.mode == FLORA_PAD_ZEROS || layer->padded_pixels == layer->in_pixels;
+    for (int mode = 0; mode < layer->ndim; mode++)
+        p->gathers = p->gathers && layer->geometry.stride[mode] == 1;
+    p->dk_size = p->out_w;
+    p->dk_interior = 0;
+    for (int mode = layer->ndim - 1; mode >= 0; mode--) {
+        const int64_t reach = (layer->kernel[mode] - 1) * layer->geometry.dilation[mode];
+        for (int side = 0; side < 2; side++)
+            p->dk_margin[mode][side] = p->gathers ? flora_max(0, reach - layer->geometry.padding[mode][side]) : 0;
+        stride[mode] = p->dk_size;
+        p->dk_interior += p->dk_margin[mode][0] * p->dk_size;
+        p->dk_size *= p->dk_margin[mode][0] + layer->out[mode] + p->dk_margin[mode][1];
+    }
+    p->dk_out = flora_pixels_of(layer->ndim, layer->out, stride);
+    p->dk_in = flora_pixels_of(layer->ndim, layer->in, stride);
+    p->dk = flora_reserve(&p->scratch, layer->batch * layer->groups, p->dk_size, 1, p->kernels->real_size);
+    if (p->gathers) {
+        p->taps_dk = flora_reserve(&p->scratch, layer->taps, 1, 1, sizeof(int64_t));
+        p->taps_core_t = flora_reserve(&p->scratch, layer->taps, 1, 1, sizeof(int64_t));
+    } else {
+        p->dh = flora_reserve(&p->scratch, layer->batch * layer->groups, layer->padded_pixels, p->in_w,
+                              p->kernels->real_size);
+    }
+}
+
 /* The tiles that every chunk has for itself. */
 static void plan_rooms(plan *p, int64_t line_taps) {
     const size_t real = p->kernels->real_size;
@@ -767,6 +927,11 @@ static void plan_rooms(plan *p, int64_t line_taps) {
     p->dh_tile = flora_reserve(&room, p->tile, p->in_w, 1, real);
     p->turned = flora_reserve(&room, p->tile, flora_max(p->in_w, p->out_w), 1, real);
     p->block = flora_reserve(&room, p->tile, BLOCK, 1, real);
+    if (!p->layer->pointwise) {
+        p->span = flora_reserve(&room, 2 * p->tile, flora_max(p->in_w, p->out_w), 1, real);
+        p->runs_h = flora_reserve(&room, p->tile, 1, 1, sizeof(int64_t));
+        p->runs_dk = flora_reserve(&room, p->tile, 1, 1, sizeof(int64_t));
+    }
     p->line_taps_dk = flora_reserve(&room, line_taps, 1, 1, sizeof(int64_t));
     p->line_taps_core = flora_reserve(&room, line_taps, 1, 1, sizeof(int64_t));
     p->room_size = (int64_t)room.size;
@@ -787,6 +952,18 @@ static void place_taps(plan *p) {
         taps[tap] = offset;
         core[tap] = tap * layer->r_in * p->out_w;
     }
+    for (int64_t tap = 0; p->gathers && tap < layer->taps; tap++) {
+        int64_t *taps_dk = at(p, p->taps_dk), *core_t = at(p, p->taps_core_t);
+        int64_t rest = tap, offset = 0, size = p->out_w;
+        for (int mode = layer->ndim - 1; mode >= 0; mode--) {
+            const int64_t before = layer->geometry.padding[mode][0] + p->dk_margin[mode][0];
+            offset += (before - rest % layer->kernel[mode] * layer->geometry.dilation[mode]) * size;
+            rest /= layer->kernel[mode];
+            size *= p->dk_margin[mode][0] + layer->out[mode] + p->dk_margin[mode][1];
+        }
+        taps_dk[tap] = offset;
+        core_t[tap] = tap * layer->r_out * p->in_w;
+    }
     p->h = layer->h != NULL ? layer->h->data : p->owns_h ? at(p, p->h_scratch) : NULL;
 }
 
@@ -805,7 +982,7 @@ flora_status flora_layer_forward(const flora_layer *layer, char *error) {
     const size_t real = layer->kernels->real_size;
     plan_common(&p, layer, layer->y.planes, !layer->pointwise);
     p.chunks =
-        flora_chunks(flora_max(tile_count(&p, layer->in_pixels), tile_count(&p, layer->out_pixels)), cost(layer));
+        flora_chunks(flora_max(in_tiles(&p), out_tiles(&p)), cost(layer));
     plan_rooms(&p, 0);
     p.u_in = flora_reserve(&p.scratch, layer->c_in, p.in_w, 1, real);
     p.to_y = flora_reserve(&p.scratch, layer->groups, layer->r_out, p.y_w, real);
@@ -834,7 +1011,7 @@ flora_status flora_layer_backward(const flora_layer *layer, char *error) {
     flora_scratch sums = {.size = 0};
     plan_common(&p, layer, layer->dx.planes, projects && !layer->pointwise);
     p.chunks =
-        flora_chunks(flora_max(tile_count(&p, layer->in_pixels), tile_count(&p, layer->out_pixels)), 2 * cost(layer));
+        flora_chunks(flora_max(in_tiles(&p), out_tiles(&p)), 2 * cost(layer));
     plan_rooms(&p, needs_dh && !layer->pointwise ? layer->taps : 0);
     p.u_out = flora_reserve(&p.scratch, layer->groups * layer->c_out, p.out_w, 1, real);
     p.core_t = flora_reserve(&p.scratch, taps_or_none(layer), layer->r_out, p.in_w, real);
@@ -842,10 +1019,8 @@ flora_status flora_layer_backward(const flora_layer *layer, char *error) {
         p.u_in = flora_reserve(&p.scratch, layer->c_in, p.in_w, 1, real);
     if (layer->dx.data != NULL)
         p.to_dx = flora_reserve(&p.scratch, layer->r_in, p.dx_w, 1, real);
-    if (!layer->pointwise)
-        p.dk = flora_reserve(&p.scratch, layer->batch * layer->groups, layer->out_pixels, p.out_w, real);
     if (!layer->pointwise && needs_dh)
-        p.dh = flora_reserve(&p.scratch, layer->batch * layer->groups, layer->padded_pixels, p.in_w, real);
+        plan_dk(&p);
     p.d_u_in = flora_reserve(&sums, layer->d_u_in != NULL ? layer->c_in : 0, p.in_w, 1, real);
     p.d_core = flora_reserve(&sums, layer->d_core != NULL ? layer->taps : 0, layer->r_in, p.out_w, real);
     p.d_u_out = flora_reserve(&sums, layer->d_u_out != NULL ? layer->groups * layer->c_out : 0, p.out_w, 1, real);
@@ -866,12 +1041,15 @@ flora_status flora_layer_backward(const flora_layer *layer, char *error) {
         pack_expand(&p, p.to_dx, layer->u_in, &layer->dx, 1, p.dx_w, 1.0);
     if (projects && !layer->pointwise)
         project(&p);
+    if (p.gathers && !empty)
+        flora_parallel(p.chunks, margins_chunk, &p);
     if (empty)
         p.chunks = 1, memset(in_sums(&p, 0, 0), 0, (size_t)p.sums_size);
     else
         flora_parallel(p.chunks, backward_chunk, &p);
     if (!empty && !layer->pointwise && needs_dh) {
-        flora_parallel(p.chunks, transposed_chunk, &p);
+        if (!p.gathers)
+            flora_parallel(p.chunks, transposed_chunk, &p);
         if (layer->geometry.mode != FLORA_PAD_ZEROS && layer->padded_pixels != layer->in_pixels)
             flora_parallel(p.chunks, fold_chunk, &p);
         flora_parallel(p.chunks, finish_chunk, &p);
