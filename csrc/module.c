@@ -26,7 +26,7 @@ typedef struct {
     char error[FLORA_ERROR_SIZE];
 } call;
 
-enum { IN = 0, OUT = 1, OPTIONAL = 2 };
+enum { IN = 0, OUT = 1, OPTIONAL = 2, ROWS = 4 }; /* ROWS: (…, d), taken as (rows, d) */
 
 typedef struct {
     const char *name;
@@ -63,8 +63,9 @@ static int borrow_one(call *c, PyObject *object, const char *name, int index, in
     if (flora_borrow(c->boundary, object, who, &c->loans[c->count]) < 0) {
         return -1;
     }
-    *view = &c->loans[c->count++].view;
-    return 0;
+    flora_loan *loan = &c->loans[c->count++];
+    *view = &loan->view;
+    return (flags & ROWS) != 0 ? flora_rows(loan) : 0;
 }
 
 static int borrow_all(call *c, PyObject *const *args, const array_spec *specs, int count, const flora_view **views) {
@@ -235,6 +236,7 @@ PyDoc_STRVAR(
     "y (rows, d_out) += scale * x (rows, d_in) @ u_in (d_in, r_in) @ core (r_out, r_in).T @ u_out (d_out, r_out).T\n"
     "\n"
     "In place, in one pass over x and y. h (rows, r_in), if not None, receives x @ u_in for the backward pass.\n"
+    "The rows of y, h and x may be counted by any number of leading dimensions that a view could flatten.\n"
     "core None is the identity. x and y share a dtype (float32, float64, bfloat16, float16); h, u_in, core and\n"
     "u_out are float64 with float64 activations, else float32, and all sums are taken in that type.\n"
     "\n"
@@ -248,8 +250,8 @@ PyDoc_STRVAR(
     "Source: FLoRA, arXiv 2405.14739, the Tucker update of a matrix, applied without forming it.");
 
 static PyObject *tucker_linear_forward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
-    static const array_spec specs[] = {{"y", OUT},   {"h", OUT | OPTIONAL},   {"x", IN},
-                                       {"u_in", IN}, {"core", IN | OPTIONAL}, {"u_out", IN}};
+    static const array_spec specs[] = {{"y", OUT | ROWS}, {"h", OUT | OPTIONAL | ROWS}, {"x", IN | ROWS},
+                                       {"u_in", IN},      {"core", IN | OPTIONAL},      {"u_out", IN}};
     const flora_view *v[6];
     call c;
     double scale;
@@ -272,18 +274,19 @@ PyDoc_STRVAR(
     "    dx (rows, d_in) += dh @ u_in.T       d_u_out (d_out, r_out) = scale * dy.T @ (h @ core.T)\n"
     "    d_core (r_out, r_in) = dk.T @ h      d_u_in (d_in, r_in) = x.T @ dh\n"
     "\n"
-    "dx is updated in place, the others are overwritten; None leaves an output out. dy is (rows, d_out). h None:\n"
-    "it is computed from x. x may be None if neither d_u_in nor a missing h needs it. Types and errors as in\n"
+    "dx is updated in place, the others are overwritten; None leaves an output out. dy is (rows, d_out), rows\n"
+    "as in tucker_linear_forward. h None: it is computed from x. x may be None if neither d_u_in nor a missing h needs "
+    "it. Types and errors as in\n"
     "tucker_linear_forward. Source: FLoRA, arXiv 2405.14739.");
 
 static PyObject *tucker_linear_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
-    static const array_spec specs[] = {{"dx", OUT | OPTIONAL},
+    static const array_spec specs[] = {{"dx", OUT | OPTIONAL | ROWS},
                                        {"d_u_in", OUT | OPTIONAL},
                                        {"d_core", OUT | OPTIONAL},
                                        {"d_u_out", OUT | OPTIONAL},
-                                       {"dy", IN},
-                                       {"x", IN | OPTIONAL},
-                                       {"h", IN | OPTIONAL},
+                                       {"dy", IN | ROWS},
+                                       {"x", IN | OPTIONAL | ROWS},
+                                       {"h", IN | OPTIONAL | ROWS},
                                        {"u_in", IN},
                                        {"core", IN | OPTIONAL},
                                        {"u_out", IN}};
@@ -467,6 +470,34 @@ static PyObject *tucker_reconstruct_backward(PyObject *module, PyObject *const *
     return result;
 }
 
+PyDoc_STRVAR(takes_doc,
+             "takes($module, x, weight, bias, core, factors, /)\n--\n\n"
+             "Whether the kernels can work on these: plain torch tensors in CPU memory, of dtypes that go together.\n"
+             "\n"
+             "x is float32, float64, bfloat16 or float16, weight is of the same dtype; core and factors (a tuple) are\n"
+             "float64 if x is, else float32. weight and bias may be None. Shapes are not looked at.");
+
+static PyObject *takes(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    call c;
+    flora_dtype act, dtype;
+    if (begin(&c, module, "takes", nargs, 5) < 0) {
+        return NULL;
+    }
+    if (!PyTuple_Check(args[4])) {
+        PyErr_Format(PyExc_TypeError, "takes: factors is %R, not a tuple", args[4]);
+        return NULL;
+    }
+    int fits = flora_takes(c.boundary, args[0], &act) &&
+               (args[1] == Py_None || (flora_takes(c.boundary, args[1], &dtype) && dtype == act)) &&
+               (args[2] == Py_None || flora_takes(c.boundary, args[2], &dtype));
+    const flora_dtype real = fits && act == FLORA_F64 ? FLORA_F64 : FLORA_F32;
+    fits = fits && flora_takes(c.boundary, args[3], &dtype) && dtype == real;
+    for (Py_ssize_t i = 0; fits && i < PyTuple_Size(args[4]); i++) {
+        fits = flora_takes(c.boundary, PyTuple_GetItem(args[4], i), &dtype) && dtype == real;
+    }
+    return PyBool_FromLong(fits);
+}
+
 /* About the library ------------------------------------------------------------------------------------------------ */
 
 #define MAX_ISA_NAMES 16
@@ -544,6 +575,7 @@ static PyMethodDef methods[] = {FAST(tucker_linear_forward),
                                 FAST(conv_weight_gradient),
                                 FAST(tucker_reconstruct),
                                 FAST(tucker_reconstruct_backward),
+                                FAST(takes),
                                 {"info", info, METH_NOARGS, info_doc},
                                 {"set_isa", set_isa, METH_O, set_isa_doc},
                                 {NULL, NULL, 0, NULL}};

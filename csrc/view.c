@@ -195,26 +195,33 @@ static int fill_view(flora_loan *loan, void *data, uint64_t byte_offset, flora_d
     return 0;
 }
 
+/* 0 if the kernels have this type, else -1 without an error. */
+static int dtype_of(DLDataType dtype, flora_dtype *ours) {
+    if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 32) {
+        *ours = FLORA_F32;
+    } else if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 64) {
+        *ours = FLORA_F64;
+    } else if (dtype.lanes == 1 && dtype.code == kDLBfloat && dtype.bits == 16) {
+        *ours = FLORA_BF16;
+    } else if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 16) {
+        *ours = FLORA_F16;
+    } else {
+        return -1;
+    }
+    return 0;
+}
+
 static int fill_from_dlpack(flora_loan *loan, const DLTensor *tensor) {
-    DLDataType dtype = tensor->dtype;
-    flora_dtype ours;
+    flora_dtype dtype;
     if (tensor->device.device_type != kDLCPU) {
         return refuse(
             loan->who.array_error, &loan->who, "is on device %s:%d (DLPack's device type %d), not in CPU memory",
             device_name(tensor->device.device_type), (int)tensor->device.device_id, (int)tensor->device.device_type);
     }
-    if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 32) {
-        ours = FLORA_F32;
-    } else if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 64) {
-        ours = FLORA_F64;
-    } else if (dtype.lanes == 1 && dtype.code == kDLBfloat && dtype.bits == 16) {
-        ours = FLORA_BF16;
-    } else if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 16) {
-        ours = FLORA_F16;
-    } else {
-        return refuse_dtype(&loan->who, dtype);
+    if (dtype_of(tensor->dtype, &dtype) < 0) {
+        return refuse_dtype(&loan->who, tensor->dtype);
     }
-    return fill_view(loan, tensor->data, tensor->byte_offset, ours, tensor->ndim, tensor->shape, tensor->strides);
+    return fill_view(loan, tensor->data, tensor->byte_offset, dtype, tensor->ndim, tensor->shape, tensor->strides);
 }
 
 /* NumPy ------------------------------------------------------------------------------------------------------------ */
@@ -400,7 +407,8 @@ static int find_torch(flora_boundary *boundary) {
     PyObject *parameter = nn != NULL ? PyObject_GetAttrString(nn, "Parameter") : NULL;
     PyObject *autograd = parameter != NULL ? PyObject_GetAttrString(torch, "autograd") : NULL;
     PyObject *graph = autograd != NULL ? PyObject_GetAttrString(autograd, "graph") : NULL;
-    PyObject *increment = graph != NULL ? PyObject_GetAttrString(graph, "increment_version") : NULL;
+    PyObject *is_neg = graph != NULL ? PyObject_GetAttrString(tensor, "is_neg") : NULL;
+    PyObject *increment = is_neg != NULL ? PyObject_GetAttrString(graph, "increment_version") : NULL;
     PyObject *enabled = increment != NULL ? PyObject_GetAttrString(torch, "is_grad_enabled") : NULL;
     Py_DECREF(torch);
     Py_XDECREF(nn);
@@ -408,6 +416,7 @@ static int find_torch(flora_boundary *boundary) {
     Py_XDECREF(graph);
     if (enabled != NULL && PyType_Check(tensor)) {
         boundary->torch_api = exchange_api(boundary, tensor);
+        boundary->is_neg = is_neg;
         boundary->increment_version = increment;
         boundary->is_grad_enabled = enabled;
         boundary->parameter = parameter;
@@ -417,6 +426,7 @@ static int find_torch(flora_boundary *boundary) {
     PyErr_Clear();
     Py_XDECREF(tensor);
     Py_XDECREF(parameter);
+    Py_XDECREF(is_neg);
     Py_XDECREF(increment);
     Py_XDECREF(enabled);
     return 0;
@@ -449,7 +459,7 @@ static int refuse_torch(const flora_borrower *who, PyObject *tensor) {
 
 static int borrow_torch(flora_boundary *boundary, flora_loan *loan) {
     const flora_borrower *who = &loan->who;
-    int negated = truth(PyObject_CallMethodObjArgs(loan->object, boundary->str_is_neg, NULL));
+    int negated = truth(PyObject_CallFunctionObjArgs(boundary->is_neg, loan->object, NULL));
     if (negated < 0) {
         return refuse_raised(who, NULL);
     }
@@ -558,6 +568,58 @@ void flora_return_loan(flora_loan *loan) {
     Py_CLEAR(loan->object);
 }
 
+int flora_rows(flora_loan *loan) {
+    flora_view *view = &loan->view;
+    const int last = view->ndim - 1;
+    int64_t rows = 1, stride = 0;
+    for (int i = 0; i < last; i++) {
+        const int64_t extent = view->shape[i];
+        if (rows > 1 && extent > 1 && stride != extent * view->strides[i]) {
+            return refuse(PyExc_ValueError, &loan->who, "has leading dimensions that are no rows of one stride");
+        }
+        stride = extent > 1 ? view->strides[i] : stride;
+        if (__builtin_mul_overflow(rows, extent, &rows)) { /* of an empty array */
+            return refuse(PyExc_ValueError, &loan->who, "has extents whose size in bytes overflows");
+        }
+    }
+    if (last >= 0) {
+        view->shape[1] = view->shape[last];
+        view->strides[1] = view->strides[last];
+        view->shape[0] = rows;
+        view->strides[0] = stride;
+        view->ndim = 2;
+    }
+    return 0;
+}
+
+int flora_takes(flora_boundary *boundary, PyObject *object, flora_dtype *dtype) {
+    PyObject *type = (PyObject *)Py_TYPE(object);
+    DLTensor tensor;
+    if (boundary->tensor == NULL && find_torch(boundary) < 0) {
+        PyErr_Clear();
+    }
+    if (type != boundary->tensor && type != boundary->parameter) {
+        return 0;
+    }
+    const DLPackExchangeAPI *api = boundary->torch_api;
+    if (api == NULL || api->dltensor_from_py_object_no_sync == NULL) {
+        const flora_borrower who = {"takes", "tensor", -1, 0, boundary->array_error};
+        flora_loan loan;
+        if (flora_borrow(boundary, object, who, &loan) < 0) {
+            PyErr_Clear();
+            return 0;
+        }
+        *dtype = loan.view.dtype;
+        flora_return_loan(&loan);
+        return 1;
+    }
+    if (api->dltensor_from_py_object_no_sync(object, &tensor) != 0) {
+        PyErr_Clear();
+        return 0;
+    }
+    return tensor.device.device_type == kDLCPU && dtype_of(tensor.dtype, dtype) == 0;
+}
+
 int flora_mark_written(flora_boundary *boundary, const flora_loan *loans, int count) {
     int tensors = 0;
     for (int i = 0; i < count; i++) {
@@ -612,7 +674,6 @@ int flora_boundary_init(flora_boundary *boundary) {
         PyObject **at;
         const char *text;
     } names[] = {{&boundary->str_requires_grad, "requires_grad"},
-                 {&boundary->str_is_neg, "is_neg"},
                  {&boundary->str_resolve_neg, "resolve_neg"},
                  {&boundary->str_dlpack, "__dlpack__"},
                  {&boundary->str_exchange_api, "__dlpack_c_exchange_api__"},
@@ -629,6 +690,7 @@ int flora_boundary_traverse(flora_boundary *boundary, visitproc visit, void *arg
     Py_VISIT(boundary->array_error);
     Py_VISIT(boundary->tensor);
     Py_VISIT(boundary->parameter);
+    Py_VISIT(boundary->is_neg);
     Py_VISIT(boundary->increment_version);
     Py_VISIT(boundary->is_grad_enabled);
     for (int i = 0; i < FLORA_CACHED_TYPES; i++) {
@@ -641,10 +703,10 @@ void flora_boundary_clear(flora_boundary *boundary) {
     Py_CLEAR(boundary->array_error);
     Py_CLEAR(boundary->tensor);
     Py_CLEAR(boundary->parameter);
+    Py_CLEAR(boundary->is_neg);
     Py_CLEAR(boundary->increment_version);
     Py_CLEAR(boundary->is_grad_enabled);
     Py_CLEAR(boundary->str_requires_grad);
-    Py_CLEAR(boundary->str_is_neg);
     Py_CLEAR(boundary->str_resolve_neg);
     Py_CLEAR(boundary->str_dlpack);
     Py_CLEAR(boundary->str_exchange_api);

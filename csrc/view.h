@@ -23,9 +23,9 @@ struct flora_cached_api {
 typedef struct {
     PyObject *array_error;        /* the exception ArrayError */
     PyObject *tensor, *parameter; /* torch.Tensor and torch.nn.Parameter once torch is imported, else NULL */
-    PyObject *increment_version, *is_grad_enabled;
+    PyObject *is_neg, *increment_version, *is_grad_enabled;
     const void *torch_api; /* torch.Tensor's exchange table, or NULL */
-    PyObject *str_requires_grad, *str_is_neg, *str_resolve_neg, *str_dlpack, *str_exchange_api, *str_torch;
+    PyObject *str_requires_grad, *str_resolve_neg, *str_dlpack, *str_exchange_api, *str_torch;
     struct flora_cached_api cached[FLORA_CACHED_TYPES]; /* types of other frameworks */
 } flora_boundary;
 
@@ -54,6 +54,12 @@ int flora_boundary_uses_exchange_api(flora_boundary *boundary);
 /* 0 with a filled loan, or -1 with a Python error. */
 int flora_borrow(flora_boundary *boundary, PyObject *object, flora_borrower who, flora_loan *loan);
 void flora_return_loan(flora_loan *loan);
+
+/* Makes a view (…, d) one of (rows, d). -1 with a Python error where the leading modes have no common stride. */
+int flora_rows(flora_loan *loan);
+
+/* 1 if the object is a torch tensor that can be borrowed as an input, with its dtype; 0, never an error, if not. */
+int flora_takes(flora_boundary *boundary, PyObject *object, flora_dtype *dtype);
 
 /* Tells autograd that the torch tensors among the outputs have changed. */
 int flora_mark_written(flora_boundary *boundary, const flora_loan *loans, int count);

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flora import reference
-from flora.ops import Op, Tucker, info, project, reconstruct, zero_output
+from flora.ops import Op, Tucker, info, project, reconstruct, takes, zero_output
 
 __all__ = [
     "Tucker",
@@ -40,14 +40,7 @@ __all__ = [
     "update",
 ]
 
-_PLAIN = (Tensor, torch.nn.Parameter)
 _BELOW_FLOAT32 = (torch.bfloat16, torch.float16)
-_COMPUTE = {
-    torch.float32: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.float16: torch.float32,
-    torch.float64: torch.float64,
-}
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -58,34 +51,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 # Dispatch ----------------------------------------------------------------------------------------------------------
 
 
-def _runs_in_c(*tensors: Tensor | None) -> bool:
-    """Whether the C kernels may see these tensors: plain CPU tensors, and nobody watching the operations."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    if forward_ad._current_level >= 0:
-        return False
-    for t in tensors:  # a plain loop is quicker than all(…), and this runs in every call
-        if t is None:
-            continue
-        if type(t) not in _PLAIN or not t.is_cpu:
-            return False
-    return True
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether an input lies in strided memory: not sparse, not nested."""
-    return x.layout is torch.strided and not x.is_nested
-
-
-def _dtypes_fit(x: Tensor, weight: Tensor | None, tucker: Tucker) -> bool:
-    compute = _COMPUTE.get(x.dtype)
+def _watched() -> bool:
+    """Whether somebody follows the operations themselves: tracing, compiling, a dispatch mode, ``torch.func``, jvp."""
     return (
-        compute is not None
-        and (weight is None or weight.dtype == x.dtype)
-        and tucker.core.dtype == compute
-        and all(f.dtype == compute for f in tucker.factors)
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
     )
 
 
@@ -100,7 +73,7 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
 
 def _autocast(x: Tensor, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
     """What autocast would do to a stock call's arguments; the factors keep their dtype."""
-    dtype = _autocast_dtype(x.device.type)
+    dtype = _autocast_dtype("cpu" if x.is_cpu else x.device.type)
     if dtype is None:
         return (x, *rest)
     return tuple(
@@ -149,14 +122,16 @@ def _twin_grads(
 def _by_twin(dy: Tensor) -> bool:
     """Whether a backward has to differentiate the twin: for create_graph, or a dy that C cannot see (batched, say)."""
     batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # is_grads_batched's kind of vmap
-    return torch.is_grad_enabled() or batched or not _runs_in_c(dy)
+    return torch.is_grad_enabled() or batched or type(dy) is not Tensor or not dy.is_cpu or _watched()
 
 
 def _exactly(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
     """A backward without autocast, whatever it is called under: its forward's tensors were cast already."""
 
     def run(ctx: Any, dy: Tensor) -> Any:
-        with _exact("cpu"):
+        if not torch.is_autocast_enabled("cpu"):
+            return backward(ctx, dy)
+        with torch.autocast("cpu", enabled=False):
             return backward(ctx, dy)
 
     return run
@@ -182,12 +157,14 @@ class _Fused(torch.autograd.Function):
     ) -> Tensor:
         needs = ctx.needs_input_grad
         ctx.op, ctx.scale, ctx.dropout = op, scale, dropout
-        ctx.seed = _seed() if dropout > 0 else 0
-        dropped = x * _kept(x, dropout, ctx.seed) if dropout > 0 else x
+        dropped = x
+        if dropout > 0:
+            ctx.seed = _seed()
+            dropped = x * _kept(x, dropout, ctx.seed)
         y, h = op.update_(op.base(x, weight, bias), dropped, Tucker(core, factors, scale), want_h=any(needs[6:]))
         of_input = needs[4] or needs[8]  # W; factors[1], the input's
         ctx.x_like = None if of_input else (x.shape, x.dtype, x.stride())
-        ctx.save_for_backward(x if of_input else None, weight, bias, h, core, *factors)
+        ctx.save_for_backward(x if of_input else None, weight, bias if needs[5] else None, h, core, *factors)
         return y
 
     @staticmethod
@@ -352,7 +329,7 @@ def resolve_plan(op: Op, x: Tensor, weight: Tensor, tucker: Tucker, plan: str, d
     float32, hybrid becomes fused and merged becomes separate.
     """
     if plan == "auto":
-        plan = op.plan(x, weight, tucker, grad)
+        plan = op.plan(x, weight, tucker.core, grad)
     if dropout > 0 or weight.dtype in _BELOW_FLOAT32 or x.dtype in _BELOW_FLOAT32:
         return {"hybrid": "fused", "merged": "separate"}.get(plan, plan)
     return plan
@@ -384,22 +361,22 @@ def adapted(
     Returns a tensor of the stock operation's shape and dtype. Raises what the stock operation raises.
     """
     x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
+    core, factors, scale = tucker
+    if _watched() or not takes(x, weight, bias, core, factors):
+        if x.layout is torch.strided and not x.is_nested:
+            return _add_to(op.base(x, weight, bias), _twin(op, F.dropout(x, dropout) if dropout > 0 else x, tucker))
+        if dropout == 0:  # sparse or nested: whatever the stock operation takes
+            return op.base(x, effective_weight(weight, tucker), bias)
+        delta = effective_weight(None, tucker).to(weight.dtype)
+        return op.base(x, weight, bias) + op.base(F.dropout(x, dropout), delta, None)
     grad = torch.is_grad_enabled() and (
-        x.requires_grad
+        core.requires_grad
+        or x.requires_grad
         or weight.requires_grad
-        or tucker.core.requires_grad
-        or any(f.requires_grad for f in tucker.factors)
+        or any(f.requires_grad for f in factors)
         or (bias is not None and bias.requires_grad)
     )
-    if not _is_plain(x):  # sparse or nested: whatever the stock operation takes
-        if dropout > 0:
-            delta = effective_weight(None, tucker).to(weight.dtype)
-            return op.base(x, weight, bias) + op.base(F.dropout(x, dropout), delta, None)
-        return op.base(x, effective_weight(weight, tucker), bias)
-    direct = _runs_in_c(x, weight, bias, tucker.core, *tucker.factors) and _dtypes_fit(x, weight, tucker)
-    plan = resolve_plan(op, x, weight, tucker, plan, dropout, grad) if direct else "fused"
-    if not direct:
-        return _add_to(op.base(x, weight, bias), _twin(op, F.dropout(x, dropout) if dropout > 0 else x, tucker))
+    plan = resolve_plan(op, x, weight, tucker, plan, dropout, grad)
     if plan == "separate":
         delta = effective_weight(None, tucker)
         with _exact("cpu"):
@@ -409,7 +386,7 @@ def adapted(
         node = _Fused if plan == "fused" else _Effective
         option = dropout if plan == "fused" else plan == "hybrid"
         out: Tensor = node.apply(  # type: ignore[no-untyped-call]
-            op, tucker.scale, option, x, weight, bias, tucker.core, *tucker.factors
+            op, scale, option, x, weight, bias, core, *factors
         )
         return out
     if plan == "fused":
@@ -420,7 +397,7 @@ def adapted(
 def update(op: Op, x: Tensor, tucker: Tucker, *, dropout: float = 0.0) -> Tensor:
     """s·ΔW·dropout(x) alone, of the stock operation's output shape and x's dtype: for bases that hide their weight."""
     (x,) = _autocast(x)  # type: ignore[assignment]
-    if not (_is_plain(x) and _runs_in_c(x, tucker.core, *tucker.factors) and _dtypes_fit(x, None, tucker)):
+    if _watched() or not takes(x, None, None, tucker.core, tucker.factors):
         return _twin(op, F.dropout(x, dropout) if dropout > 0 else x, tucker).to(x.dtype)
     x = _dropped(x, dropout)
     if torch.is_grad_enabled():
@@ -431,8 +408,7 @@ def update(op: Op, x: Tensor, tucker: Tucker, *, dropout: float = 0.0) -> Tensor
 
 def effective_weight(weight: Tensor | None, tucker: Tucker) -> Tensor:
     """W + s·ΔW (d_out, d_in/groups, *k), differentiable, in W's dtype; for None s·ΔW alone in the factors' dtype."""
-    fits = weight is None or (weight.dtype in _COMPUTE and _COMPUTE[weight.dtype] == tucker.core.dtype)
-    if fits and _runs_in_c(weight, tucker.core, *tucker.factors):
+    if not _watched() and takes(tucker.core if weight is None else weight, None, None, tucker.core, tucker.factors):
         out: Tensor = _Reconstruct.apply(  # type: ignore[no-untyped-call]
             tucker.scale, weight, tucker.core, *tucker.factors
         )

@@ -143,7 +143,7 @@ class AdaptedLayer(nn.Module):
     def _in_use(self) -> list[Delta]:
         if not self._enabled or self._original:
             return []
-        deltas = self.deltas._modules
+        deltas = self._modules["deltas"]._modules  # type: ignore[union-attr]
         return [deltas[n] for n in self._active]  # type: ignore[misc]
 
     @property
@@ -154,7 +154,8 @@ class AdaptedLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the base layer returns for these arguments, with the active deltas on top; shapes are the base's."""
-        base, deltas = self.base_layer, self._in_use()
+        base: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]
+        deltas = self._in_use()
         if not deltas:
             return base(*args, **kwargs)
         if self.training or torch.is_grad_enabled():  # reentrant checkpointing trains with gradients off at first
@@ -174,10 +175,11 @@ class AdaptedLayer(nn.Module):
     ) -> Tensor:
         """The stock operation with every delta on top: the first in the base's own node, the others added to it."""
         try:
-            unbatched = isinstance(op, ConvOp) and x.ndim == weight.ndim - 1
+            conv = isinstance(op, ConvOp)
+            unbatched = conv and x.ndim == weight.ndim - 1
             if unbatched:
                 x = x.unsqueeze(0)
-            if x.ndim == 0 or (isinstance(op, ConvOp) and x.ndim != weight.ndim):
+            if x.ndim == 0 or (conv and x.ndim != weight.ndim):
                 return op.base(x, weight, bias)  # which raises PyTorch's own error
             y = deltas[0].adapted(op, x, weight, bias, deltas[0].dropout if drop else 0.0)
             for delta in deltas[1:]:

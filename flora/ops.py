@@ -22,6 +22,9 @@ from flora.plan import choose_plan
 info = _core.info
 """What the extension runs on: kernel level, thread pool, thread count, whether the exchange API is in use."""
 
+takes = _core.takes
+"""Whether the kernels can work on (x, weight, bias, core, factors): plain CPU tensors of dtypes that go together."""
+
 
 class Tucker(NamedTuple):
     """A Tucker delta's tensors: core (r_out, r_in, *r_k), factors in weight order (dim_m, r_m), and the scale."""
@@ -41,11 +44,12 @@ class LinearOp:
         self, dy: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of (x, weight, bias), each None unless ``needs`` it."""
-        rows = dy.reshape(-1, dy.shape[-1])
         dx = dy @ weight if needs[0] else None
+        if not (needs[1] or needs[2]):
+            return dx, None, None
+        rows = dy.reshape(-1, dy.shape[-1])
         dw = rows.mT @ x.reshape(-1, x.shape[-1]) if needs[1] else None
-        db = rows.sum(0) if needs[2] else None
-        return dx, dw, db
+        return dx, dw, rows.sum(0) if needs[2] else None
 
     def writable(self, y: Tensor) -> Tensor:
         """y in a layout that the kernels write: contiguous rows."""
@@ -53,11 +57,10 @@ class LinearOp:
 
     def update_(self, y: Tensor, x: Tensor, tucker: Tucker, want_h: bool) -> tuple[Tensor, Tensor | None]:
         """y += s·ΔW·x in C; returns y (a copy if it was not writable) and h for backward."""
-        u_out, u_in = tucker.factors
-        y = self.writable(y)
-        rows = _rows(x)
-        h = u_in.new_empty(rows.shape[0], u_in.shape[1]) if want_h else None
-        _core.tucker_linear_forward(y.view(-1, y.shape[-1]), h, rows, u_in, tucker.core, u_out, tucker.scale)
+        core, (u_out, u_in), scale = tucker
+        y, x = self.writable(y), _rows(x)
+        h = u_in.new_empty(*x.shape[:-1], u_in.shape[1]) if want_h else None
+        _core.tucker_linear_forward(_rows(y), h, x, u_in, core, u_out, scale)
         return y, h
 
     def update_backward(
@@ -70,25 +73,12 @@ class LinearOp:
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:
         """dx += … in C (in place), and the gradients of (core, u_out, u_in), each None unless ``needs`` it."""
-        core = tucker.core
-        u_out, u_in = tucker.factors
-        d_core, d_u_out, d_u_in = (
-            torch.empty_like(t, memory_format=torch.contiguous_format) if need else None
-            for t, need in zip((core, u_out, u_in), needs, strict=True)
-        )
-        _core.tucker_linear_backward(
-            None if dx is None else dx.view(-1, dx.shape[-1]),
-            d_u_in,
-            d_core,
-            d_u_out,
-            _rows(dy),
-            None if x is None else _rows(x),
-            h,
-            u_in,
-            core,
-            u_out,
-            tucker.scale,
-        )
+        core, (u_out, u_in), scale = tucker
+        d_core = torch.empty_like(core) if needs[0] else None
+        d_u_out = torch.empty_like(u_out) if needs[1] else None
+        d_u_in = torch.empty_like(u_in) if needs[2] else None
+        dx_rows, x = None if dx is None else _rows(dx), None if x is None else _rows(x)
+        _core.tucker_linear_backward(dx_rows, d_u_in, d_core, d_u_out, _rows(dy), x, h, u_in, core, u_out, scale)
         return d_core, d_u_out, d_u_in
 
     def twin(self, x: Tensor, tucker: Tucker) -> Tensor:
@@ -100,9 +90,9 @@ class LinearOp:
         """Zeros of the output's shape, in x's dtype: where an update alone is accumulated."""
         return x.new_zeros(*x.shape[:-1], d_out)
 
-    def plan(self, x: Tensor, weight: Tensor, tucker: Tucker, grad: bool) -> str:
-        rows = x.numel() // max(1, x.shape[-1])
-        return choose_plan(tuple(weight.shape), tuple(tucker.core.shape), 1, rows, rows, x.element_size(), grad)
+    def plan(self, x: Tensor, weight: Tensor, core: Tensor, grad: bool) -> str:
+        rows = x.numel() // (x.shape[-1] or 1)
+        return choose_plan(weight.shape, core.shape, 1, rows, rows, x.element_size(), grad)
 
 
 class AddmmOp(LinearOp):
@@ -153,7 +143,7 @@ class ConvOp(NamedTuple):
         dw = None
         if in_c:
             dw = x.new_empty(weight.shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-            _core.conv_weight_gradient(dw, _resolved(dy), _resolved(x), *self._arguments())
+            _core.conv_weight_gradient(dw, dy, x, *self._arguments())
             needs = (needs[0], False, needs[2])
             if not any(needs):
                 return None, dw, None
@@ -185,7 +175,7 @@ class ConvOp(NamedTuple):
 
     def update_(self, y: Tensor, x: Tensor, tucker: Tucker, want_h: bool) -> tuple[Tensor, Tensor | None]:
         """y += s·ΔW * x in C; returns y and, for backward, h: the projected and padded input, channels last."""
-        y, x = self.writable(y), _resolved(x)
+        y = self.writable(y)
         u_out, u_in = tucker.factors[:2]
         h = None
         if want_h:
@@ -215,8 +205,8 @@ class ConvOp(NamedTuple):
             d_u_in,
             d_expanded,
             d_u_out,
-            _resolved(dy),
-            None if x is None else _resolved(x),
+            dy,
+            x,
             h,
             u_in,
             expanded,
@@ -248,14 +238,13 @@ class ConvOp(NamedTuple):
             out.append((extent + self.padding[2 * i] + self.padding[2 * i + 1] - reach) // self.stride[i] + 1)
         return x.new_zeros(x.shape[0], d_out, *out)
 
-    def plan(self, x: Tensor, weight: Tensor, tucker: Tucker, grad: bool) -> str:
+    def plan(self, x: Tensor, weight: Tensor, core: Tensor, grad: bool) -> str:
         inside = outside = x.shape[0]
         for i, extent in enumerate(x.shape[2:]):
             reach = self.dilation[i] * (weight.shape[2 + i] - 1) + 1
             inside *= extent
             outside *= max(0, extent + self.padding[2 * i] + self.padding[2 * i + 1] - reach) // self.stride[i] + 1
-        shape, ranks = tuple(weight.shape), tuple(tucker.core.shape)
-        return choose_plan(shape, ranks, self.groups, inside, outside, x.element_size(), grad)
+        return choose_plan(weight.shape, core.shape, self.groups, inside, outside, x.element_size(), grad)
 
 
 LINEAR = LinearOp()
@@ -294,34 +283,25 @@ def reconstruct(weight: Tensor | None, tucker: Tucker) -> Tensor:
         _core.tucker_reconstruct(out, None, core, factors, tucker.scale)
         return out
     out = torch.empty_like(weight, requires_grad=False)  # in W's own layout, channels_last and transposed included
-    _core.tucker_reconstruct(out, _resolved(weight), core, factors, tucker.scale)
+    _core.tucker_reconstruct(out, weight, core, factors, tucker.scale)
     return out
 
 
 def project(dw: Tensor, tucker: Tucker, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """The gradient of W' projected on (core, *factors), each None unless ``needs`` it, in C."""
     core, factors = tucker.core, tucker.factors
-    outs = [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else None
-        for t, need in zip((core, *factors), needs, strict=True)
-    ]
+    outs = [torch.empty_like(t) if need else None for t, need in zip((core, *factors), needs, strict=True)]
     if any(needs):
-        _core.tucker_reconstruct_backward(outs[0], tuple(outs[1:]), _resolved(dw), core, factors, tucker.scale)
+        _core.tucker_reconstruct_backward(outs[0], tuple(outs[1:]), dw, core, factors, tucker.scale)
     return tuple(outs)
 
 
 # The boundary ------------------------------------------------------------------------------------------------------
 
 
-def _resolved(t: Tensor) -> Tensor:
-    """t with a lazy negation carried out: the kernels see storage only."""
-    return t.resolve_neg() if t.is_neg() else t
-
-
 def _rows(t: Tensor) -> Tensor:
-    """t (..., d) as rows (n, d): a view where its strides allow one, else a contiguous copy."""
-    t = _resolved(t)
-    return t if t.ndim == 2 else t.reshape(-1, t.shape[-1])
+    """t (..., d) as the kernels count its rows: itself where its strides allow, else a contiguous copy (n, d)."""
+    return t if t.ndim == 2 or (t.ndim < 6 and t.is_contiguous()) else t.reshape(-1, t.shape[-1])
 
 
 def _expand_core(tucker: Tucker) -> Tensor:

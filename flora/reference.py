@@ -96,10 +96,10 @@ def reconstruct(core: Tensor, factors: Sequence[Tensor | None], scale: float) ->
 def tucker_linear_forward(
     y: Tensor, h: Tensor | None, x: Tensor, u_in: Tensor, core: Tensor | None, u_out: Tensor, scale: float
 ) -> None:
-    """y += s·(x·U_in·Gᵀ)·U_outᵀ in place; h = x·U_in if given. Rows are the first axis of x, y and h."""
+    """y += s·(x·U_in·Gᵀ)·U_outᵀ in place; h = x·U_in if given. All axes of x, y and h but the last count rows."""
     with torch.no_grad():
         if h is not None:
-            h.copy_(x.to(u_in.dtype) @ u_in)
+            h.copy_((x.to(u_in.dtype) @ u_in).view(h.shape))
         y.copy_(y.to(u_in.dtype) + linear_update(x, u_in, core, u_out, scale))
 
 
@@ -118,6 +118,7 @@ def tucker_linear_backward(
 ) -> None:
     """dx += dh·U_inᵀ, and the gradients of the factors and the core, written to their outputs; None skips one."""
     with torch.no_grad():
+        dx, dy, x, h = (t if t is None else t.view(-1, t.shape[-1]) for t in (dx, dy, x, h))
         dyc = dy.to(u_in.dtype)
         dk = scale * (dyc @ u_out)
         dh = dk if core is None else dk @ core
