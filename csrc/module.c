@@ -16,7 +16,7 @@ typedef struct {
 
 /* A call: what it has borrowed so far ------------------------------------------------------------------------------ */
 
-#define MAX_LOANS (3 + 2 * FLORA_MAX_ORDER) /* of tucker_reconstruct_backward */
+#define MAX_LOANS (5 + 2 * FLORA_MAX_ORDER) /* of tucker_conv_backward */
 
 typedef struct {
     const char *function;
@@ -306,72 +306,92 @@ static PyObject *tucker_linear_backward(PyObject *module, PyObject *const *args,
 
 PyDoc_STRVAR(
     tucker_conv_forward_doc,
-    "tucker_conv_forward($module, y, h, x, u_in, core, u_out, scale, stride, padding, dilation, groups,\n"
+    "tucker_conv_forward($module, y, h, x, core, factors, scale, stride, padding, dilation, groups,\n"
     "                    padding_mode, /)\n--\n\n"
-    "y (batch, d_out, *out) += scale * conv(x (batch, d_in, *in), core x_out u_out x_in u_in), in place, n = 1 to 3\n"
-    "spatial modes, for any strides of x and y (contiguous and channels_last run natively).\n"
+    "y (batch, d_out, *out) += scale * conv(x (batch, d_in, *in), core x_0 factors[0] x_1 factors[1] ...), in place,\n"
+    "n = 1 to 3 spatial modes, for any strides of x and y (contiguous and channels_last run natively).\n"
     "\n"
-    "u_in (d_in / groups, r_in), core (r_out, r_in, *k) with its kernel modes already expanded, u_out (d_out, r_out);\n"
-    "u_in and core are shared by all groups, the rows of u_out belong to their group. h (batch, *padded, groups *\n"
-    "r_in), if not None, receives the projected and padded input. stride and dilation are n ints, padding 2n:\n"
-    "before and after each spatial mode; padding_mode is zeros, reflect, replicate or circular.\n"
+    "core is (r_out, r_in, *r_k); factors are u_out (d_out, r_out), u_in (d_in / groups, r_in) and (k, r_k) of each\n"
+    "kernel mode, None for the identity. All but the rows of u_out are shared by the groups. h (batch, *padded, \n"
+    "groups * r_in), if not None, receives the projected and padded input. stride and dilation are n ints, padding\n"
+    "2n: before and after each spatial mode; padding_mode is zeros, reflect, replicate or circular.\n"
     "\n"
     "Types and errors as in tucker_linear_forward, and ValueError for a geometry without an output.\n"
     "Source: FLoRA, arXiv 2405.14739, the Tucker update of a convolution's kernel, applied without forming it.");
 
+/* Borrows the factors of a convolution's modes: 0, or -1. */
+static int borrow_factors(call *c, PyObject *items, const char *name, int flags, int order, const flora_view **views) {
+    if (PyTuple_Size(items) != order) {
+        PyErr_Format(PyExc_ValueError, "%s: %s has %zd entries, the weight %d modes", c->function, name,
+                     PyTuple_Size(items), order);
+        return -1;
+    }
+    if (borrow_items(c, items, name, flags, views) < 0) {
+        return -1;
+    }
+    for (int m = 0; m < 2 && flags == IN; m++) {
+        if (views[m] == NULL) {
+            PyErr_Format(PyExc_TypeError, "%s: %s[%d] must be an array, not None", c->function, name, m);
+            return -1;
+        }
+    }
+    return 0;
+}
+
 static PyObject *tucker_conv_forward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
-    static const array_spec specs[] = {{"y", OUT},   {"h", OUT | OPTIONAL}, {"x", IN},
-                                       {"u_in", IN}, {"core", IN},          {"u_out", IN}};
-    const flora_view *v[6];
+    static const array_spec specs[] = {{"y", OUT}, {"h", OUT | OPTIONAL}, {"x", IN}, {"core", IN}};
+    const flora_view *v[4], *factors[FLORA_MAX_ORDER];
     call c;
     double scale;
     flora_geometry geometry;
     PyObject *result = NULL;
-    if (begin(&c, module, "tucker_conv_forward", nargs, 12) < 0) {
+    if (begin(&c, module, "tucker_conv_forward", nargs, 11) < 0) {
         return NULL;
     }
-    if (parse_scale(&c, args[6], &scale) == 0 && parse_geometry(&c, args + 7, &geometry) == 0 &&
-        borrow_all(&c, args, specs, 6, v) == 0) {
-        RUN(c, result, flora_tucker_conv_forward, v[0], v[1], v[2], v[3], v[4], v[5], scale, &geometry);
+    PyObject *items = sequence(&c, args[4], "factors", FLORA_MAX_ORDER);
+    if (items != NULL && parse_scale(&c, args[5], &scale) == 0 && parse_geometry(&c, args + 6, &geometry) == 0 &&
+        borrow_all(&c, args, specs, 4, v) == 0 &&
+        borrow_factors(&c, items, "factors", IN, 2 + geometry.ndim, factors) == 0) {
+        RUN(c, result, flora_tucker_conv_forward, v[0], v[1], v[2], v[3], factors, scale, &geometry);
     }
+    Py_XDECREF(items);
     end(&c);
     return result;
 }
 
 PyDoc_STRVAR(
     tucker_conv_backward_doc,
-    "tucker_conv_backward($module, dx, d_u_in, d_core, d_u_out, dy, x, h, u_in, core, u_out, scale, stride,\n"
-    "                     padding, dilation, groups, padding_mode, /)\n--\n\n"
-    "The gradients of tucker_conv_forward: dx (batch, d_in, *in) is updated in place, d_u_in (d_in / groups, r_in),\n"
-    "d_core (r_out, r_in, *k) and d_u_out (d_out, r_out) are overwritten; None leaves an output out.\n"
+    "tucker_conv_backward($module, dx, d_core, d_factors, dy, x, h, core, factors, scale, stride, padding, dilation,\n"
+    "                     groups, padding_mode, /)\n--\n\n"
+    "The gradients of tucker_conv_forward: dx (batch, d_in, *in) is updated in place, d_core and the entries of\n"
+    "d_factors, of the shapes of core and factors, are overwritten; None leaves an output out.\n"
     "\n"
-    "dy is (batch, d_out, *out). h None: it is computed from x. x may be None if neither d_u_in nor a missing h needs\n"
-    "it. Types and errors as in tucker_conv_forward. Source: FLoRA, arXiv 2405.14739.");
+    "dy is (batch, d_out, *out). h None: it is computed from x. x may be None if neither d_factors[1] nor a missing h\n"
+    "needs it. Types and errors as in tucker_conv_forward. Source: FLoRA, arXiv 2405.14739.");
 
 static PyObject *tucker_conv_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
-    static const array_spec specs[] = {{"dx", OUT | OPTIONAL},
-                                       {"d_u_in", OUT | OPTIONAL},
-                                       {"d_core", OUT | OPTIONAL},
-                                       {"d_u_out", OUT | OPTIONAL},
-                                       {"dy", IN},
-                                       {"x", IN | OPTIONAL},
-                                       {"h", IN | OPTIONAL},
-                                       {"u_in", IN},
-                                       {"core", IN},
-                                       {"u_out", IN}};
-    const flora_view *v[10];
+    static const array_spec outputs[] = {{"dx", OUT | OPTIONAL}, {"d_core", OUT | OPTIONAL}};
+    static const array_spec inputs[] = {{"dy", IN}, {"x", IN | OPTIONAL}, {"h", IN | OPTIONAL}, {"core", IN}};
+    const flora_view *d[2], *v[4], *d_factors[FLORA_MAX_ORDER], *factors[FLORA_MAX_ORDER];
     call c;
     double scale;
     flora_geometry geometry;
     PyObject *result = NULL;
-    if (begin(&c, module, "tucker_conv_backward", nargs, 16) < 0) {
+    if (begin(&c, module, "tucker_conv_backward", nargs, 14) < 0) {
         return NULL;
     }
-    if (parse_scale(&c, args[10], &scale) == 0 && parse_geometry(&c, args + 11, &geometry) == 0 &&
-        borrow_all(&c, args, specs, 10, v) == 0) {
-        RUN(c, result, flora_tucker_conv_backward, v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], scale,
+    PyObject *d_items = sequence(&c, args[2], "d_factors", FLORA_MAX_ORDER);
+    PyObject *items = d_items == NULL ? NULL : sequence(&c, args[7], "factors", FLORA_MAX_ORDER);
+    if (items != NULL && parse_scale(&c, args[8], &scale) == 0 && parse_geometry(&c, args + 9, &geometry) == 0 &&
+        borrow_all(&c, args, outputs, 2, d) == 0 &&
+        borrow_factors(&c, d_items, "d_factors", OUT, 2 + geometry.ndim, d_factors) == 0 &&
+        borrow_all(&c, args + 3, inputs, 4, v) == 0 &&
+        borrow_factors(&c, items, "factors", IN, 2 + geometry.ndim, factors) == 0) {
+        RUN(c, result, flora_tucker_conv_backward, d[0], d[1], d_factors, v[0], v[1], v[2], v[3], factors, scale,
             &geometry);
     }
+    Py_XDECREF(items);
+    Py_XDECREF(d_items);
     end(&c);
     return result;
 }

@@ -9,18 +9,34 @@
 
 /* What the caller gave. In forward y is written, in backward it is absent and dx, dy and d_* may be present. */
 typedef struct {
-    const flora_view *y, *h, *x, *u_in, *core, *u_out;
-    const flora_view *dx, *d_u_in, *d_core, *d_u_out, *dy;
+    const flora_view *y, *h, *x, *core;
+    const flora_view *factors[FLORA_MAX_ORDER]; /* of out, in and the kernel modes; a kernel mode's may be NULL */
+    const flora_view *dx, *dy, *d_core, *d_factors[FLORA_MAX_ORDER];
     double scale;
     const flora_geometry *geometry; /* NULL: a Linear */
 } arguments;
+
+enum { OF_OUT, OF_IN, OF_KERNEL };
+
+static const char *const FACTOR_NAMES[] = {"factors[0]", "factors[1]", "factors[2]", "factors[3]", "factors[4]"};
+static const char *const D_FACTOR_NAMES[] = {"d_factors[0]", "d_factors[1]", "d_factors[2]", "d_factors[3]",
+                                             "d_factors[4]"};
+
+static const char *factor_name(const arguments *a, int mode) {
+    return a->geometry != NULL ? FACTOR_NAMES[mode] : mode == OF_IN ? "u_in" : "u_out";
+}
+
+static const char *d_factor_name(const arguments *a, int mode) {
+    return a->geometry != NULL ? D_FACTOR_NAMES[mode] : mode == OF_IN ? "d_u_in" : "d_u_out";
+}
 
 /* Fills `layer` from the arguments, or says what is wrong with them. */
 static flora_status check(const arguments *a, flora_layer *layer, char *error) {
     const flora_view *leading = a->y != NULL ? a->x : a->dy; /* gives the batch and the activation type */
     const flora_view *to = a->y != NULL ? a->y : a->dy;
     const flora_dtype act = leading->dtype, real = flora_compute_dtype(act);
-    const int ndim = a->geometry != NULL ? a->geometry->ndim : 0;
+    const flora_view *u_out = a->factors[OF_OUT], *u_in = a->factors[OF_IN];
+    const int ndim = a->geometry != NULL ? a->geometry->ndim : 0, order = 2 + ndim;
     flora_status status;
 
     if (a->geometry != NULL && (status = flora_check_geometry(a->geometry, error)) != FLORA_OK)
@@ -30,11 +46,13 @@ static flora_status check(const arguments *a, flora_layer *layer, char *error) {
     const struct {
         flora_named named;
         int ndim;
-    } read[] = {{{a->x, "x"}, 2 + ndim},       {{a->y, "y"}, 2 + ndim},  {{a->dy, "dy"}, 2 + ndim},
-                {{a->h, "h"}, 2 + ndim},       {{a->u_in, "u_in"}, 2},   {{a->u_out, "u_out"}, 2},
-                {{a->core, "core"}, 2 + ndim}, {{a->dx, "dx"}, 2 + ndim}};
+    } read[] = {{{a->x, "x"}, order}, {{a->y, "y"}, order},       {{a->dy, "dy"}, order},
+                {{a->h, "h"}, order}, {{a->core, "core"}, order}, {{a->dx, "dx"}, order}};
     for (size_t i = 0; i < sizeof read / sizeof *read; i++)
         if ((status = flora_expect_ndim(read[i].named.view, read[i].named.name, read[i].ndim, error)) != FLORA_OK)
+            return status;
+    for (int m = 0; m < order; m++)
+        if ((status = flora_expect_ndim(a->factors[m], factor_name(a, m), 2, error)) != FLORA_OK)
             return status;
 
     *layer = (flora_layer){.kernels = flora_isa_kernels(act),
@@ -44,16 +62,16 @@ static flora_status check(const arguments *a, flora_layer *layer, char *error) {
                            .groups = 1,
                            .taps = 1,
                            .pointwise = 1,
-                           .c_in = a->u_in->shape[0],
-                           .r_in = a->u_in->shape[1],
-                           .r_out = a->u_out->shape[1],
+                           .c_in = u_in->shape[0],
+                           .r_in = u_in->shape[1],
+                           .r_out = u_out->shape[1],
                            .h = a->h,
-                           .u_in = a->u_in,
+                           .u_in = u_in,
                            .core = a->core,
-                           .u_out = a->u_out,
-                           .d_u_in = a->d_u_in,
+                           .u_out = u_out,
+                           .d_u_in = a->d_factors[OF_IN],
                            .d_core = a->d_core,
-                           .d_u_out = a->d_u_out};
+                           .d_u_out = a->d_factors[OF_OUT]};
     if (ndim > 0) {
         layer->geometry = *a->geometry;
         layer->groups = a->geometry->groups;
@@ -86,7 +104,8 @@ static flora_status check(const arguments *a, flora_layer *layer, char *error) {
     for (int i = 0; i < ndim; i++) {
         const flora_geometry *geometry = &layer->geometry;
         const int64_t padding = geometry->padding[i][0] + geometry->padding[i][1];
-        layer->kernel[i] = core[2 + i] = a->core->shape[2 + i];
+        core[2 + i] = a->core->shape[2 + i];
+        layer->kernel[i] = a->factors[OF_KERNEL + i] != NULL ? a->factors[OF_KERNEL + i]->shape[0] : core[2 + i];
         layer->in[i] = x[2 + i] = input != NULL ? input->shape[2 + i] : a->h->shape[1 + i] - padding;
         if (layer->in[i] < 0)
             return flora_fail(error, FLORA_BAD_SHAPE, "h has an extent of %lld, less than its padding of %lld",
@@ -112,25 +131,33 @@ static flora_status check(const arguments *a, flora_layer *layer, char *error) {
         int ndim;
         const int64_t *shape;
     } expected[] = {
-        {{a->x, "x"}, act, 2 + ndim, x},
-        {{a->y, "y"}, act, 2 + ndim, y},
-        {{a->dy, "dy"}, act, 2 + ndim, y},
-        {{a->dx, "dx"}, act, 2 + ndim, x},
-        {{a->u_in, "u_in"}, real, 2, a->u_in->shape},
-        {{a->core, "core"}, real, 2 + ndim, core},
-        {{a->u_out, "u_out"}, real, 2, (int64_t[]){layer->groups * layer->c_out, layer->r_out}},
-        {{a->h, "h"}, real, 2 + ndim, h},
-        {{a->d_u_in, "d_u_in"}, real, 2, a->u_in->shape},
-        {{a->d_core, "d_core"}, real, 2 + ndim, core},
-        {{a->d_u_out, "d_u_out"}, real, 2, a->u_out->shape},
+        {{a->x, "x"}, act, order, x},           {{a->y, "y"}, act, order, y},
+        {{a->dy, "dy"}, act, order, y},         {{a->dx, "dx"}, act, order, x},
+        {{a->core, "core"}, real, order, core}, {{a->d_core, "d_core"}, real, order, core},
+        {{a->h, "h"}, real, order, h},
     };
     for (size_t i = 0; i < sizeof expected / sizeof *expected; i++)
         if ((status = flora_expect(expected[i].named.view, expected[i].named.name, expected[i].dtype, expected[i].ndim,
                                    expected[i].shape, error)) != FLORA_OK)
             return status;
+    int needs_h = 0; /* in backward */
+    for (int m = 0; m < order; m++) {
+        const int64_t dim = m == OF_OUT  ? layer->groups * layer->c_out
+                            : m == OF_IN ? layer->c_in
+                                         : layer->kernel[m - 2];
+        const int64_t shape[] = {dim, m == OF_OUT ? layer->r_out : m == OF_IN ? layer->r_in : core[m]};
+        if ((status = flora_expect(a->factors[m], factor_name(a, m), real, 2, shape, error)) != FLORA_OK ||
+            (status = flora_expect(a->d_factors[m], d_factor_name(a, m), real, 2, shape, error)) != FLORA_OK)
+            return status;
+        if (a->d_factors[m] != NULL && a->factors[m] == NULL)
+            return flora_fail(error, FLORA_BAD_VALUE, "%s is given, but %s is not", d_factor_name(a, m),
+                              factor_name(a, m));
+        needs_h = needs_h || (m != OF_IN && a->d_factors[m] != NULL);
+    }
 
-    if (a->x == NULL && (a->d_u_in != NULL || (a->h == NULL && (a->d_u_out != NULL || a->d_core != NULL))))
-        return flora_fail(error, FLORA_BAD_VALUE, "x may be left out only if d_u_in is, and h is given");
+    if (a->x == NULL && (a->d_factors[OF_IN] != NULL || (a->h == NULL && (needs_h || a->d_core != NULL))))
+        return flora_fail(error, FLORA_BAD_VALUE, "x may be left out only if %s is, and h is given",
+                          d_factor_name(a, OF_IN));
     if (a->x != NULL)
         layer->x = flora_field_of(a->x, ndim == 0);
     if (a->dy != NULL)
@@ -148,31 +175,96 @@ static flora_status check(const arguments *a, flora_layer *layer, char *error) {
         if ((status = flora_expect_writable(&layer->dx, a->dx, "dx", error)) != FLORA_OK)
             return status;
     }
-    const flora_named factors[] = {{a->x, "x"},       {a->dy, "dy"},       {a->u_in, "u_in"},
-                                   {a->core, "core"}, {a->u_out, "u_out"}, {a->y == NULL ? a->h : NULL, "h"}};
-    const flora_named outputs[] = {{a->y, "y"},           {a->y != NULL ? a->h : NULL, "h"},
-                                   {a->dx, "dx"},         {a->d_u_in, "d_u_in"},
-                                   {a->d_core, "d_core"}, {a->d_u_out, "d_u_out"}};
-    return flora_expect_disjoint(outputs, 6, factors, 6, error);
+    flora_named inputs[4 + FLORA_MAX_ORDER] = {
+        {a->x, "x"}, {a->dy, "dy"}, {a->core, "core"}, {a->y == NULL ? a->h : NULL, "h"}};
+    flora_named outputs[4 + FLORA_MAX_ORDER] = {
+        {a->y, "y"}, {a->y != NULL ? a->h : NULL, "h"}, {a->dx, "dx"}, {a->d_core, "d_core"}};
+    for (int m = 0; m < order; m++) {
+        inputs[4 + m] = (flora_named){a->factors[m], factor_name(a, m)};
+        outputs[4 + m] = (flora_named){a->d_factors[m], d_factor_name(a, m)};
+    }
+    return flora_expect_disjoint(outputs, a->y != NULL ? 2 : 4 + order, inputs, 4 + order, error);
 }
+
+/* The kernel modes --------------------------------------------------------------------------------------------------*/
+
+/* The core of a convolution with its kernel modes expanded, (r_out, r_in, *k), and its gradient, both contiguous. */
+typedef struct {
+    flora_scratch scratch;
+    flora_view core, d_core;
+    const flora_view *factors[FLORA_MAX_ORDER], *d_factors[FLORA_MAX_ORDER]; /* of the kernel modes alone */
+    int order, needed, d_needed;
+} expansion;
+
+/* Expands the core if it has kernel factors, and puts it in the layer. */
+static flora_status expand(const arguments *a, flora_layer *layer, expansion *e, char *error) {
+    *e = (expansion){.order = 2 + layer->ndim};
+    for (int m = OF_KERNEL; m < e->order; m++) {
+        e->factors[m] = a->factors[m];
+        e->d_factors[m] = a->d_factors[m];
+        e->needed = e->needed || a->factors[m] != NULL;
+        e->d_needed = e->d_needed || a->d_factors[m] != NULL;
+    }
+    if (!e->needed)
+        return FLORA_OK;
+    e->d_needed = e->d_needed || a->d_core != NULL;
+    e->core = (flora_view){.dtype = a->core->dtype, .ndim = e->order};
+    int64_t elements = 1;
+    for (int m = e->order - 1; m >= 0; m--) {
+        e->core.shape[m] = m < OF_KERNEL ? a->core->shape[m] : layer->kernel[m - 2];
+        e->core.strides[m] = elements;
+        if (__builtin_mul_overflow(elements, e->core.shape[m], &elements))
+            return flora_fail(error, FLORA_NO_MEMORY, "no memory for the expanded core");
+    }
+    const size_t real = layer->kernels->real_size;
+    const size_t core = flora_reserve(&e->scratch, elements, 1, 1, real);
+    const size_t d_core = flora_reserve(&e->scratch, e->d_needed ? elements : 0, 1, 1, real);
+    flora_status status = flora_allocate(&e->scratch, error);
+    if (status != FLORA_OK)
+        return status;
+    e->d_core = e->core;
+    e->core.data = e->scratch.base + core;
+    e->d_core.data = e->scratch.base + d_core;
+    layer->core = &e->core;
+    layer->d_core = e->d_needed ? &e->d_core : NULL;
+    return flora_tucker_reconstruct(&e->core, NULL, a->core, e->factors, e->order, 1.0, error);
+}
+
+/* The operations ----------------------------------------------------------------------------------------------------*/
 
 static flora_status forward(const arguments *a, char *error) {
     flora_layer layer;
+    expansion e;
     flora_status status = check(a, &layer, error);
-    return status != FLORA_OK ? status : flora_layer_forward(&layer, error);
+    if (status != FLORA_OK)
+        return status;
+    status = expand(a, &layer, &e, error);
+    if (status == FLORA_OK)
+        status = flora_layer_forward(&layer, error);
+    flora_release(&e.scratch);
+    return status;
 }
 
 static flora_status backward(const arguments *a, char *error) {
     flora_layer layer;
+    expansion e;
     flora_status status = check(a, &layer, error);
-    return status != FLORA_OK ? status : flora_layer_backward(&layer, error);
+    if (status != FLORA_OK)
+        return status;
+    status = expand(a, &layer, &e, error);
+    if (status == FLORA_OK)
+        status = flora_layer_backward(&layer, error);
+    if (status == FLORA_OK && e.d_needed)
+        status = flora_tucker_reconstruct_backward(a->d_core, e.d_factors, &e.d_core, a->core, e.factors, e.order, 1.0,
+                                                   error);
+    flora_release(&e.scratch);
+    return status;
 }
 
 flora_status flora_tucker_linear_forward(const flora_view *y, const flora_view *h, const flora_view *x,
                                          const flora_view *u_in, const flora_view *core, const flora_view *u_out,
                                          double scale, char error[FLORA_ERROR_SIZE]) {
-    return forward(&(arguments){.y = y, .h = h, .x = x, .u_in = u_in, .core = core, .u_out = u_out, .scale = scale},
-                   error);
+    return forward(&(arguments){.y = y, .h = h, .x = x, .core = core, .factors = {u_out, u_in}, .scale = scale}, error);
 }
 
 flora_status flora_tucker_linear_backward(const flora_view *dx, const flora_view *d_u_in, const flora_view *d_core,
@@ -180,44 +272,35 @@ flora_status flora_tucker_linear_backward(const flora_view *dx, const flora_view
                                           const flora_view *h, const flora_view *u_in, const flora_view *core,
                                           const flora_view *u_out, double scale, char error[FLORA_ERROR_SIZE]) {
     return backward(&(arguments){.dx = dx,
-                                 .d_u_in = d_u_in,
-                                 .d_core = d_core,
-                                 .d_u_out = d_u_out,
                                  .dy = dy,
+                                 .d_core = d_core,
+                                 .d_factors = {d_u_out, d_u_in},
                                  .x = x,
                                  .h = h,
-                                 .u_in = u_in,
                                  .core = core,
-                                 .u_out = u_out,
+                                 .factors = {u_out, u_in},
                                  .scale = scale},
                     error);
 }
 
 flora_status flora_tucker_conv_forward(const flora_view *y, const flora_view *h, const flora_view *x,
-                                       const flora_view *u_in, const flora_view *core, const flora_view *u_out,
-                                       double scale, const flora_geometry *geometry, char error[FLORA_ERROR_SIZE]) {
-    return forward(
-        &(arguments){
-            .y = y, .h = h, .x = x, .u_in = u_in, .core = core, .u_out = u_out, .scale = scale, .geometry = geometry},
-        error);
+                                       const flora_view *core, const flora_view *const factors[], double scale,
+                                       const flora_geometry *geometry, char error[FLORA_ERROR_SIZE]) {
+    arguments a = {.y = y, .h = h, .x = x, .core = core, .scale = scale, .geometry = geometry};
+    for (int m = 0; m < 2 + geometry->ndim; m++)
+        a.factors[m] = factors[m];
+    return forward(&a, error);
 }
 
-flora_status flora_tucker_conv_backward(const flora_view *dx, const flora_view *d_u_in, const flora_view *d_core,
-                                        const flora_view *d_u_out, const flora_view *dy, const flora_view *x,
-                                        const flora_view *h, const flora_view *u_in, const flora_view *core,
-                                        const flora_view *u_out, double scale, const flora_geometry *geometry,
-                                        char error[FLORA_ERROR_SIZE]) {
-    return backward(&(arguments){.dx = dx,
-                                 .d_u_in = d_u_in,
-                                 .d_core = d_core,
-                                 .d_u_out = d_u_out,
-                                 .dy = dy,
-                                 .x = x,
-                                 .h = h,
-                                 .u_in = u_in,
-                                 .core = core,
-                                 .u_out = u_out,
-                                 .scale = scale,
-                                 .geometry = geometry},
-                    error);
+flora_status flora_tucker_conv_backward(const flora_view *dx, const flora_view *d_core,
+                                        const flora_view *const d_factors[], const flora_view *dy, const flora_view *x,
+                                        const flora_view *h, const flora_view *core, const flora_view *const factors[],
+                                        double scale, const flora_geometry *geometry, char error[FLORA_ERROR_SIZE]) {
+    arguments a = {
+        .dx = dx, .dy = dy, .d_core = d_core, .x = x, .h = h, .core = core, .scale = scale, .geometry = geometry};
+    for (int m = 0; m < 2 + geometry->ndim; m++) {
+        a.factors[m] = factors[m];
+        a.d_factors[m] = d_factors[m];
+    }
+    return backward(&a, error);
 }

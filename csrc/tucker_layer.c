@@ -56,8 +56,8 @@ typedef struct {
     size_t h_scratch;
     size_t dk; /* (batch, groups, *(out + margins), out_w) */
     int64_t dk_size, dk_margin[FLORA_MAX_SPATIAL][2], dk_interior;
-    flora_pixels dk_out, dk_in; /* its pixels as the output numbers them, and as the input does (for offset 0) */
-    int gathers;                /* dh's tiles are gathered from dk's image, whose margins are zero */
+    flora_pixels dk_out, dk_in;  /* its pixels as the output numbers them, and as the input does (for offset 0) */
+    int gathers;                 /* dh's tiles are gathered from dk's image, whose margins are zero */
     size_t taps_dk, taps_core_t; /* (taps) int64: where dh's taps are in dk's image, and in `core_t` */
     size_t dh;                   /* (batch, groups, *padded, in_w), unless gathered */
     int64_t dh_interior;
@@ -66,8 +66,8 @@ typedef struct {
     /* per chunk */
     int chunks;
     size_t rooms, sums;
-    int64_t room_size, sums_size;                                                         /* bytes */
-    size_t h_tile, k_tile, dk_tile, dh_tile, turned, block, span;  /* within a room */
+    int64_t room_size, sums_size;                                 /* bytes */
+    size_t h_tile, k_tile, dk_tile, dh_tile, turned, block, span; /* within a room */
     size_t line_taps_dk, line_taps_core, runs_h, runs_dk;
     size_t d_u_in, d_core, d_u_out; /* within the sums: (c_in, in_w), (taps, r_in, out_w), (groups · c_out, out_w) */
 } plan;
@@ -170,7 +170,9 @@ static void sweep(const plan *p, const flora_field *field, const tile *t, int64_
         const int64_t count = flora_min(BLOCK, channels - c);
         int64_t a_pixel, a_channel;
         const void *a = block_of(p, field, t, t->group * channels + c, count, room, &a_pixel, &a_channel);
-        const void *ahead = a == room ? NULL : c + BLOCK < channels ? reals(p, a, BLOCK * a_channel) : reals(p, a, t->pixels * a_pixel - c * a_channel);
+        const void *ahead = a == room              ? NULL
+                            : c + BLOCK < channels ? reals(p, a, BLOCK * a_channel)
+                                                   : reals(p, a, t->pixels * a_pixel - c * a_channel);
         if (product != NULL)
             multiply(p, (flora_gemm){.m = t->pixels,
                                      .n = product_w,
@@ -263,15 +265,16 @@ static int64_t correlated(const flora_pixels *pixels, int64_t first, int64_t cou
     const int64_t pitch = pixels->stride[last - 1] / pixels->stride[last], gap = pitch - line;
     if (gap < 0 || gap > MOST_GAP || 2 * gap > line)
         return *span;
-    const int64_t taken = flora_min(count, (pixels->extent[last - 1] - first / line % pixels->extent[last - 1]) * line - column);
+    const int64_t taken =
+        flora_min(count, (pixels->extent[last - 1] - first / line % pixels->extent[last - 1]) * line - column);
     *span = taken + (column + taken - 1) / line * gap;
     return taken;
 }
 
 /* out (pixels, width) = Σ_tap image (pixel at tap, depth) · matrix_tap (depth, width): the small convolution */
 static void correlate(const plan *p, const tile *t, const flora_pixels *pixels, const void *image, int64_t channel,
-                      int64_t depth, const int64_t *taps, const void *matrix, const int64_t *matrix_taps,
-                      int64_t width, void *span_room, void *out) {
+                      int64_t depth, const int64_t *taps, const void *matrix, const int64_t *matrix_taps, int64_t width,
+                      void *span_room, void *out) {
     for (int64_t done = 0, taken; done < t->pixels; done += taken) {
         int64_t span, run;
         const int64_t offset = flora_pixel_at(pixels, t->first + done, &run);
@@ -508,7 +511,8 @@ static void clear_margins(const plan *p, int64_t slice) {
     const flora_layer *layer = p->layer;
     const int last = layer->ndim - 1;
     const size_t pixel = (size_t)p->out_w * p->kernels->real_size;
-    const int64_t before = p->dk_margin[last][0], after = p->dk_margin[last][1], length = before + layer->out[last] + after;
+    const int64_t before = p->dk_margin[last][0], after = p->dk_margin[last][1],
+                  length = before + layer->out[last] + after;
     const int64_t lines = p->dk_size / (length * p->out_w);
     for (int64_t line = 0; line < lines; line++) {
         char *begin = reals(p, at(p, p->dk), slice * p->dk_size + line * length * p->out_w);
@@ -887,8 +891,8 @@ static void plan_common(plan *p, const flora_layer *layer, int planes, int spare
     p->taps_core = flora_reserve(&p->scratch, layer->taps, 1, 1, sizeof(int64_t));
 }
 
-/* dk's image: with margins, such that all taps of every input pixel are in it, where dh can be gathered from it. Else, with
- * strides, or a padding that receives a gradient of its own, the transposed convolution scatters. */
+/* dk's image: with margins, such that all taps of every input pixel are in it, where dh can be gathered from it. Else,
+ * with strides, or a padding that receives a gradient of its own, the transposed convolution scatters. */
 static void plan_dk(plan *p) {
     const flora_layer *layer = p->layer;
     int64_t stride[FLORA_MAX_SPATIAL];
@@ -981,8 +985,7 @@ flora_status flora_layer_forward(const flora_layer *layer, char *error) {
         return FLORA_OK;
     const size_t real = layer->kernels->real_size;
     plan_common(&p, layer, layer->y.planes, !layer->pointwise);
-    p.chunks =
-        flora_chunks(flora_max(in_tiles(&p), out_tiles(&p)), cost(layer));
+    p.chunks = flora_chunks(flora_max(in_tiles(&p), out_tiles(&p)), cost(layer));
     plan_rooms(&p, 0);
     p.u_in = flora_reserve(&p.scratch, layer->c_in, p.in_w, 1, real);
     p.to_y = flora_reserve(&p.scratch, layer->groups, layer->r_out, p.y_w, real);
@@ -1010,8 +1013,7 @@ flora_status flora_layer_backward(const flora_layer *layer, char *error) {
     const int projects = needs_h && layer->h == NULL && !empty;
     flora_scratch sums = {.size = 0};
     plan_common(&p, layer, layer->dx.planes, projects && !layer->pointwise);
-    p.chunks =
-        flora_chunks(flora_max(in_tiles(&p), out_tiles(&p)), 2 * cost(layer));
+    p.chunks = flora_chunks(flora_max(in_tiles(&p), out_tiles(&p)), 2 * cost(layer));
     plan_rooms(&p, needs_dh && !layer->pointwise ? layer->taps : 0);
     p.u_out = flora_reserve(&p.scratch, layer->groups * layer->c_out, p.out_w, 1, real);
     p.core_t = flora_reserve(&p.scratch, taps_or_none(layer), layer->r_out, p.in_w, real);

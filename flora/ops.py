@@ -143,7 +143,7 @@ class ConvOp(NamedTuple):
         dw = None
         if in_c:
             dw = x.new_empty(weight.shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-            _core.conv_weight_gradient(dw, dy, x, *self._arguments())
+            _core.conv_weight_gradient(dw, dy, x, *self)
             needs = (needs[0], False, needs[2])
             if not any(needs):
                 return None, dw, None
@@ -176,12 +176,12 @@ class ConvOp(NamedTuple):
     def update_(self, y: Tensor, x: Tensor, tucker: Tucker, want_h: bool) -> tuple[Tensor, Tensor | None]:
         """y += s·ΔW * x in C; returns y and, for backward, h: the projected and padded input, channels last."""
         y = self.writable(y)
-        u_out, u_in = tucker.factors[:2]
+        core, factors, scale = tucker
         h = None
         if want_h:
             pads = zip(x.shape[2:], self.padding[::2], self.padding[1::2], strict=True)
-            h = u_in.new_empty(x.shape[0], *(sum(p) for p in pads), self.groups * u_in.shape[1])
-        _core.tucker_conv_forward(y, h, x, u_in, _expand_core(tucker), u_out, tucker.scale, *self._arguments())
+            h = core.new_empty(x.shape[0], *(sum(p) for p in pads), self.groups * core.shape[1])
+        _core.tucker_conv_forward(y, h, x, core, factors, scale, *self)
         return y, h
 
     def update_backward(
@@ -194,41 +194,17 @@ class ConvOp(NamedTuple):
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:
         """dx += … in C (in place), and the gradients of (core, u_out, u_in, *u_k), each None unless ``needs`` it."""
-        u_out, u_in, *u_k = tucker.factors
-        expanded = _expand_core(tucker)
-        of_kernel = any(needs[3:])
-        d_expanded = torch.empty_like(expanded) if needs[0] or of_kernel else None
-        d_u_out = torch.empty_like(u_out) if needs[1] else None
-        d_u_in = torch.empty_like(u_in) if needs[2] else None
-        _core.tucker_conv_backward(
-            dx,
-            d_u_in,
-            d_expanded,
-            d_u_out,
-            dy,
-            x,
-            h,
-            u_in,
-            expanded,
-            u_out,
-            tucker.scale,
-            *self._arguments(),
-        )
-        d_core = torch.empty_like(tucker.core) if needs[0] else None
-        d_k = [torch.empty_like(u) if need else None for u, need in zip(u_k, needs[3:], strict=True)]
-        if d_expanded is not None:
-            factors = (None, None, *u_k)
-            _core.tucker_reconstruct_backward(d_core, (None, None, *d_k), d_expanded, tucker.core, factors, 1.0)
-        return d_core, d_u_out, d_u_in, *d_k
-
-    def _arguments(self) -> tuple[Any, ...]:
-        return self.stride, self.padding, self.dilation, self.groups, self.padding_mode
+        core, factors, scale = tucker
+        d_core = torch.empty_like(core) if needs[0] else None
+        d_factors = [torch.empty_like(u) if need else None for u, need in zip(factors, needs[1:], strict=True)]
+        _core.tucker_conv_backward(dx, d_core, d_factors, dy, x, h, core, factors, scale, *self)
+        return d_core, *d_factors
 
     def twin(self, x: Tensor, tucker: Tucker) -> Tensor:
         """s·ΔW * x in plain PyTorch, differentiable, in the factors' dtype."""
         u_out, u_in, *u_k = tucker.factors
         expanded = reference.reconstruct(tucker.core, (None, None, *u_k), 1.0)
-        return reference.conv_update(x, u_in, expanded, u_out, tucker.scale, *self._arguments())
+        return reference.conv_update(x, u_in, expanded, u_out, tucker.scale, *self)
 
     def empty_output(self, x: Tensor, d_out: int, kernel: Sequence[int]) -> Tensor:
         """Zeros of the output's shape and x's memory format, in x's dtype."""
@@ -302,11 +278,3 @@ def project(dw: Tensor, tucker: Tucker, needs: Sequence[bool]) -> tuple[Tensor |
 def _rows(t: Tensor) -> Tensor:
     """t (..., d) as the kernels count its rows: itself where its strides allow, else a contiguous copy (n, d)."""
     return t if t.ndim == 2 or (t.ndim < 6 and t.is_contiguous()) else t.reshape(-1, t.shape[-1])
-
-
-def _expand_core(tucker: Tucker) -> Tensor:
-    """The core with its kernel modes expanded: (r_out, r_in, *k)."""
-    core, kernel_factors = tucker.core, tucker.factors[2:]
-    out = core.new_empty(*core.shape[:2], *(f.shape[0] for f in kernel_factors))
-    _core.tucker_reconstruct(out, None, core, (None, None, *kernel_factors), 1.0)
-    return out

@@ -118,7 +118,7 @@ def tucker_linear_backward(
 ) -> None:
     """dx += dh·U_inᵀ, and the gradients of the factors and the core, written to their outputs; None skips one."""
     with torch.no_grad():
-        dx, dy, x, h = (t if t is None else t.view(-1, t.shape[-1]) for t in (dx, dy, x, h))
+        dx, dy, x, h = (t if t is None or t.ndim == 2 else t.view(-1, t.shape[-1]) for t in (dx, dy, x, h))
         dyc = dy.to(u_in.dtype)
         dk = scale * (dyc @ u_out)
         dh = dk if core is None else dk @ core
@@ -142,9 +142,8 @@ def tucker_conv_forward(
     y: Tensor,
     h: Tensor | None,
     x: Tensor,
-    u_in: Tensor,
     core: Tensor,
-    u_out: Tensor,
+    factors: Sequence[Tensor | None],
     scale: float,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -153,25 +152,27 @@ def tucker_conv_forward(
     padding_mode: str,
 ) -> None:
     """y += the convolution's update, in place; h (batch, *padded, groups·r_in) = the projected, padded input."""
+    u_out, u_in, *u_k = factors
+    assert u_out is not None
+    assert u_in is not None
     with torch.no_grad():
         projected = pad_input(conv_project(x, u_in, groups), padding, padding_mode)
         if h is not None:
             h.copy_(projected.movedim(1, -1))
-        update = conv_finish(projected, core, u_out, scale, stride, dilation, groups)
+        expanded = reconstruct(core, [None, None, *u_k], 1.0)
+        update = conv_finish(projected, expanded, u_out, scale, stride, dilation, groups)
         y.copy_(y.to(u_in.dtype) + update)
 
 
 def tucker_conv_backward(
     dx: Tensor | None,
-    d_u_in: Tensor | None,
     d_core: Tensor | None,
-    d_u_out: Tensor | None,
+    d_factors: Sequence[Tensor | None],
     dy: Tensor,
     x: Tensor | None,
     h: Tensor | None,
-    u_in: Tensor,
     core: Tensor,
-    u_out: Tensor,
+    factors: Sequence[Tensor | None],
     scale: float,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -179,26 +180,33 @@ def tucker_conv_backward(
     groups: int,
     padding_mode: str,
 ) -> None:
-    """dx += …, and the gradients of U_in, the expanded core and U_out; None skips one. Autograd does the algebra."""
+    """dx += …, and the gradients of the core and of every factor; None skips one. Autograd does the algebra."""
     with torch.enable_grad():
-        parts = [t.detach().requires_grad_() for t in (u_in, core, u_out)]
+        c = core.detach().requires_grad_()
+        parts = [None if f is None else f.detach().requires_grad_() for f in factors]
+        u_out, u_in, *u_k = parts
+        assert u_out is not None
+        assert u_in is not None
         if x is not None:
-            xc = x.detach().to(u_in.dtype).requires_grad_()
-        else:  # only dx, d_core and d_u_out are asked for, and none of them depends on the values of x
-            assert d_u_in is None and h is not None
+            xc = x.detach().to(core.dtype).requires_grad_()
+        else:  # nothing that is asked for depends on the values of x
+            assert d_factors[1] is None
+            assert h is not None
             extent = [h.shape[1 + i] - padding[2 * i] - padding[2 * i + 1] for i in range(h.ndim - 2)]
             xc = h.new_zeros(h.shape[0], groups * u_in.shape[0], *extent).requires_grad_()
-        projected = pad_input(conv_project(xc, parts[0], groups), padding, padding_mode)
+        projected = pad_input(conv_project(xc, u_in, groups), padding, padding_mode)
         if h is not None:  # the caller's h has the values; the graph of `projected` stays
             projected = projected + (h.movedim(-1, 1) - projected).detach()
-        update = conv_finish(projected, parts[1], parts[2], scale, stride, dilation, groups)
-        grads = torch.autograd.grad(update, [xc, *parts], dy.to(u_in.dtype))
+        expanded = reconstruct(c, [None, None, *u_k], 1.0)
+        update = conv_finish(projected, expanded, u_out, scale, stride, dilation, groups)
+        outputs = [(dx, xc), (d_core, c), *zip(d_factors, parts, strict=True)]
+        sources = [source for _, source in outputs if source is not None]
+        grads = iter(torch.autograd.grad(update, sources, dy.to(core.dtype)))
     with torch.no_grad():
-        if dx is not None:
-            dx.copy_(dx.to(u_in.dtype) + grads[0])
-        for out, grad in zip((d_u_in, d_core, d_u_out), grads[1:], strict=True):
-            if out is not None:
-                out.copy_(grad)
+        for out, source in outputs:
+            grad = None if source is None else next(grads)
+            if out is not None and grad is not None:
+                out.copy_(out.to(core.dtype) + grad if out is dx else grad)
 
 
 def conv_weight_gradient(

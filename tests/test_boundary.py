@@ -719,8 +719,8 @@ def test_groups_that_overflow_are_refused():
     y = x = torch.empty(1, 0, 3, 3)
     with pytest.raises(ValueError, match="groups=4611686018427387904 do not fit"):
         _core.tucker_conv_forward(
-            y, None, x, torch.ones(4, 2), torch.ones(2, 2, 1, 1), torch.ones(0, 2), 1.0, (1, 1), (0,) * 4, (1, 1),
-            2**62, "zeros",
+            y, None, x, torch.ones(2, 2, 1, 1), (torch.ones(0, 2), torch.ones(4, 2), None, None), 1.0, (1, 1),
+            (0,) * 4, (1, 1), 2**62, "zeros",
         )  # fmt: skip
 
 
@@ -734,8 +734,8 @@ def test_arguments_that_run_code_are_read_before_any_array_is_borrowed():
 
     with pytest.raises(ValueError, match="x has 8192 elements but no memory"):
         _core.tucker_conv_forward(
-            torch.ones(1, 2, 64, 64), None, x, torch.ones(2, 2), torch.ones(2, 2, 1, 1), torch.ones(2, 2), 1.0, (1, 1),
-            (0,) * 4, (1, 1), Frees(), "zeros",
+            torch.ones(1, 2, 64, 64), None, x, torch.ones(2, 2, 1, 1), (torch.ones(2, 2), torch.ones(2, 2), None, None),
+            1.0, (1, 1), (0,) * 4, (1, 1), Frees(), "zeros",
         )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from flora.functional import compute_dtype
 NAMES = {
     name: tuple(inspect.signature(getattr(reference, name)).parameters)
     for name in dir(_core)
-    if name[0] != "_" and name not in ("info", "set_isa", "ArrayError")
+    if name[0] != "_" and name not in ("info", "set_isa", "takes", "ArrayError")
 }
 GUARD = 7.25
 DIMS = st.sampled_from((0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65))  # around the widths of vectors
@@ -166,15 +166,28 @@ def linear_backward(case, *sizes):
 
 
 def gradients(case, h):
-    """Any subset of the outputs of a backward function; h or not, and no x where it may be left out."""
+    """Any subset of the outputs of tucker_linear_backward."""
     a = case.arguments
-    a["dx"] = case.output("dx", *a["x"].shape, dtype=case.dtype, update=True) if case.flip() else None
     for name in ("u_in", "core", "u_out"):
         wanted = a[name] is not None and case.flip()
         a[f"d_{name}"] = case.output(f"d_{name}", *a[name].shape) if wanted else None
+    input_gradients(case, h, a["d_u_in"] is None)
+
+
+def input_gradients(case, h, without_x):
+    """dx or not; h or not, and no x where it may be left out."""
+    a = case.arguments
+    a["dx"] = case.output("dx", *a["x"].shape, dtype=case.dtype, update=True) if case.flip() else None
     a["h"] = h.to(case.real) if case.flip() else None
-    if a["d_u_in"] is None and a["h"] is not None and case.flip():
+    if without_x and a["h"] is not None and case.flip():
         a["x"] = None
+
+
+def factor_gradients(case):
+    return [
+        case.output(f"d_factors/{m}", *factor.shape) if factor is not None and case.flip() else None
+        for m, factor in enumerate(case.arguments["factors"])
+    ]
 
 
 def convolution(case, sizes):
@@ -197,9 +210,10 @@ def convolution(case, sizes):
                 case.draw(st.sampled_from((0, 0, 1, 3, 6))) + max(1, least, d * (k - 1) + 1 - before - after)
             )
     a["x"] = case.input(batch, groups * c_in, *extents, dtype=case.dtype)
-    a["u_in"] = case.input(c_in, r_in)
-    a["core"] = case.input(r_out, r_in, *kernel)
-    a["u_out"] = case.input(groups * c_out, r_out)
+    of_kernel = [case.input(k, case.draw(SMALL) if case.draw else 2) if case.flip() else None for k in kernel]
+    ranks = [k if u is None else u.shape[1] for k, u in zip(kernel, of_kernel, strict=True)]
+    a["core"] = case.input(r_out, r_in, *ranks)
+    a["factors"] = [case.input(groups * c_out, r_out), case.input(c_in, r_in), *of_kernel]
     a |= {"scale": case.scale(), "stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     a["padding_mode"] = mode
     geometry = zip(extents, kernel, stride, dilation, padding[::2], padding[1::2], strict=True)
@@ -208,7 +222,7 @@ def convolution(case, sizes):
 
 def conv_h(case):
     a = case.arguments
-    projected = reference.conv_project(a["x"].double(), a["u_in"].double(), a["groups"])
+    projected = reference.conv_project(a["x"].double(), a["factors"][1].double(), a["groups"])
     return reference.pad_input(projected, a["padding"], a["padding_mode"]).movedim(1, -1)
 
 
@@ -220,16 +234,21 @@ def conv_forward(case, *sizes):
 
 def conv_backward(case, *sizes):
     shape = convolution(case, sizes)
-    case.arguments["dy"] = case.input(*shape, dtype=case.dtype)
-    gradients(case, conv_h(case))
+    a = case.arguments
+    a["dy"] = case.input(*shape, dtype=case.dtype)
+    a["d_core"] = case.output("d_core", *a["core"].shape) if case.flip() else None
+    a["d_factors"] = factor_gradients(case)
+    input_gradients(case, conv_h(case), a["d_factors"][1] is None)
 
 
 def weight_gradient(case, *sizes):
     shape = convolution(case, sizes)
     a = case.arguments
-    u_in, core, u_out = (a.pop(name) for name in ("u_in", "core", "u_out"))
+    u_out, u_in, *of_kernel = a.pop("factors")
+    ranks = a.pop("core").shape[2:]
+    kernel = [r if u is None else u.shape[0] for r, u in zip(ranks, of_kernel, strict=True)]
     a["dy"] = case.input(*shape, dtype=case.dtype)
-    a["d_weight"] = case.output("d_weight", u_out.shape[0], u_in.shape[0], *core.shape[2:])
+    a["d_weight"] = case.output("d_weight", u_out.shape[0], u_in.shape[0], *kernel)
 
 
 def tucker(case, dims):
@@ -264,10 +283,7 @@ def reconstruct_backward(case, *dims):
     a = case.arguments
     a["d_weight"] = case.input(*dims, dtype=case.dtype)
     a["d_core"] = case.output("d_core", *a["core"].shape) if case.flip() else None
-    a["d_factors"] = [
-        case.output(f"d_factors/{m}", *factor.shape) if factor is not None and case.flip() else None
-        for m, factor in enumerate(a["factors"])
-    ]
+    a["d_factors"] = factor_gradients(case)
 
 
 BUILDERS = {
@@ -416,14 +432,15 @@ def test_convolution_beats_pytorch_in_16_bits(isa, dtype):
     case = Case("tucker_conv_forward", dtype)
     conv_forward(case, 2, 1, 33, 17, 8, 5, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), "zeros", (13, 11))
     a = case.arguments
-    for name in ("u_in", "core", "u_out"):
-        a[name] = a[name].to(dtype).float()
+    a["factors"][2:] = None, None
+    a["core"] = torch.randn(5, 8, 3, 3).to(dtype).float()
+    a["factors"][:2] = (u.to(dtype).float() for u in a["factors"][:2])
 
     def composed(x, u_in, core, u_out):
         h = F.conv2d(x, u_in.mT[:, :, None, None])
         return F.conv2d(F.conv2d(h, core, padding=1), u_out[:, :, None, None]) * a["scale"]
 
-    factors = [a[name] for name in ("u_in", "core", "u_out")]
+    factors = [a["factors"][1], a["core"], a["factors"][0]]
     exact = a["y"].double() + composed(a["x"].double(), *(f.double() for f in factors))
     theirs = a["y"] + composed(a["x"], *(f.to(dtype) for f in factors))
     ours = case.call(_core)["y"]
@@ -460,7 +477,30 @@ BAD = [
     ("tucker_conv_forward", "padding_mode", lambda a: 0, TypeError, "padding_mode must be a str, not 0"),
     ("tucker_conv_forward", "scale", lambda a: "1", TypeError, "scale must be a float, not '1'"),
     ("tucker_conv_forward", "y", lambda a: a["y"][:, :, 1:], ValueError, "y must have shape"),
-    ("tucker_conv_backward", "d_u_out", lambda a: a["d_u_out"][1:], ValueError, "d_u_out must have shape"),
+    ("tucker_conv_forward", "factors", lambda a: a["factors"][:3], ValueError, "factors has 3 entries, the weight 4"),
+    ("tucker_conv_forward", "factors", lambda a: [None, *a["factors"][1:]], TypeError, r"factors\[0\] must be an array"),
+    ("tucker_conv_forward", "factors", lambda a: [*a["factors"][:3], a["factors"][3][0]], ValueError, "2 dimensions"),
+    (
+        "tucker_conv_forward",
+        "factors",
+        lambda a: [*a["factors"][:3], a["factors"][3][:, 1:]],
+        ValueError,
+        r"factors\[3\] must have shape \(3, 2\), not \(3, 1\)",
+    ),
+    (
+        "tucker_conv_backward",
+        "d_factors",
+        lambda a: [a["d_factors"][0][1:], *a["d_factors"][1:]],
+        ValueError,
+        r"d_factors\[0\] must have shape",
+    ),
+    (
+        "tucker_conv_backward",
+        "factors",
+        lambda a: [*a["factors"][:3], None],
+        ValueError,
+        r"d_factors\[3\] is given, but factors\[3\] is not",
+    ),
     ("tucker_conv_backward", "x", lambda a: a["x"][..., 0], ValueError, "x must have 4 dimensions"),
     ("conv_weight_gradient", "d_weight", lambda a: a["d_weight"][1:], ValueError, "d_weight|groups|dy"),
     ("conv_weight_gradient", "x", lambda a: a["x"].double(), TypeError, "float64"),

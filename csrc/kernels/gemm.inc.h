@@ -72,7 +72,8 @@ FLORA_INLINE void PRIVATE(strip)(const int rows, const flora_gemm *g, int64_t i)
     for (; g->n - j > LANES; j += 2 * LANES) {
         int64_t width = g->n - j - LANES;
         const act *c_next = j + 2 * LANES < g->n ? c + j + 2 * LANES : c + rows * g->c_m;
-        PRIVATE(block)(rows, 2, g, a, b + j, c_in ? c_in + j : NULL, c + j, width < LANES ? width : LANES, j ? NULL : a_next, c_next);
+        PRIVATE(block)(rows, 2, g, a, b + j, c_in ? c_in + j : NULL, c + j, width < LANES ? width : LANES,
+                       j ? NULL : a_next, c_next);
     }
     if (j < g->n)
         PRIVATE(block)(rows, 1, g, a, b + j, c_in ? c_in + j : NULL, c + j, g->n - j, NULL, c + rows * g->c_m);
@@ -82,8 +83,8 @@ FLORA_INLINE void PRIVATE(strip)(const int rows, const flora_gemm *g, int64_t i)
 FLORA_INLINE void PRIVATE(narrow_strip)(const int rows, const flora_gemm *g, int64_t i) {
     const real *a = (const real *)g->a + i * g->a_m;
     const real *a_next = g->ahead == NULL ? NULL : i + rows < g->m ? a + rows * g->a_m : g->ahead;
-    PRIVATE(block)(rows, 1, g, a, g->b,
-                   g->c_in ? (const act *)g->c_in + i * g->c_m : NULL, (act *)g->c + i * g->c_m, g->n, a_next, NULL);
+    PRIVATE(block)(rows, 1, g, a, g->b, g->c_in ? (const act *)g->c_in + i * g->c_m : NULL, (act *)g->c + i * g->c_m,
+                   g->n, a_next, NULL);
 }
 
 /* Rows are taken in blocks of the register tile's height, the rest in halves of it; a height of 0 drops out. */

@@ -28,7 +28,8 @@ typedef struct {
     const void *c_in;               /* NULL: zero; may be c itself */
     void *c;                        /* real in gemm, act in gemm_act */
     int64_t c_m;                    /* row stride of c and c_in */
-    const void *ahead; /* not NULL: a comes from memory, and this is the a of the next product, to be fetched meanwhile */
+    const void
+        *ahead; /* not NULL: a comes from memory, and this is the a of the next product, to be fetched meanwhile */
 } flora_gemm;
 
 /* sums (rows, columns, lanes) += sum over lines and pixels of dy (line, pixel, lanes) · x (line, pixel, at tap, lanes)

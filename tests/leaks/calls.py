@@ -48,7 +48,7 @@ def negated():
 def conv(**changed):
     geometry = {"stride": [1], "padding": [1, 1], "dilation": [1], "groups": 1, "mode": "zeros"} | changed
     y, x, u, core = torch.zeros(1, 3, 5), torch.zeros(1, 2, 5), torch.zeros(2, 2), torch.zeros(2, 2, 3)
-    _core.tucker_conv_forward(y, None, x, u, core, torch.zeros(3, 2), 1.0, *geometry.values())
+    _core.tucker_conv_forward(y, None, x, core, (torch.zeros(3, 2), u, None), 1.0, *geometry.values())
 
 
 CALLS = {
