@@ -51,9 +51,13 @@ static flora_status check(const arguments *a, flora_layer *layer, char *error) {
     for (size_t i = 0; i < sizeof read / sizeof *read; i++)
         if ((status = flora_expect_ndim(read[i].named.view, read[i].named.name, read[i].ndim, error)) != FLORA_OK)
             return status;
-    for (int m = 0; m < order; m++)
+    for (int m = 0; m < order; m++) {
         if ((status = flora_expect_ndim(a->factors[m], factor_name(a, m), 2, error)) != FLORA_OK)
             return status;
+        if (a->d_factors[m] != NULL && a->factors[m] == NULL)
+            return flora_fail(error, FLORA_BAD_VALUE, "%s is given, but %s is not", d_factor_name(a, m),
+                              factor_name(a, m));
+    }
 
     *layer = (flora_layer){.kernels = flora_isa_kernels(act),
                            .scale = a->scale,
@@ -149,9 +153,6 @@ static flora_status check(const arguments *a, flora_layer *layer, char *error) {
         if ((status = flora_expect(a->factors[m], factor_name(a, m), real, 2, shape, error)) != FLORA_OK ||
             (status = flora_expect(a->d_factors[m], d_factor_name(a, m), real, 2, shape, error)) != FLORA_OK)
             return status;
-        if (a->d_factors[m] != NULL && a->factors[m] == NULL)
-            return flora_fail(error, FLORA_BAD_VALUE, "%s is given, but %s is not", d_factor_name(a, m),
-                              factor_name(a, m));
         needs_h = needs_h || (m != OF_IN && a->d_factors[m] != NULL);
     }
 

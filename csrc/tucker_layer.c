@@ -362,8 +362,8 @@ static void store_dk(const plan *p, const tile *t, const void *dk_tile) {
     for (int64_t done = 0, run; done < t->pixels; done += run) {
         const int64_t offset = flora_pixel_at(&p->dk_out, t->first + done, &run);
         run = flora_min(run, t->pixels - done);
-        memcpy(reals(p, image, offset), reals(p, dk_tile, done * p->out_w),
-               (size_t)(run * p->out_w) * p->kernels->real_size);
+        p->kernels->copy(reals(p, image, offset), flora_pixel_stride(&p->dk_out), reals(p, dk_tile, done * p->out_w),
+                         p->out_w, 1, run, p->out_w);
     }
 }
 

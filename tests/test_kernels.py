@@ -299,12 +299,13 @@ BUILDERS = {
 # Large enough that every function uses more than one thread; odd sizes leave remainders everywhere.
 LARGE_CONV = (3, 1, 37, 41, 9, 11, (3, 3), (1, 2), (1, 0, 1, 2), (1, 1), "zeros", (33, 47))
 LARGE_GROUPS = (2, 3, 19, 21, 8, 6, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), "reflect", (41, 37))
+NARROW_CONV = (2, 1, 3, 2, 4, 5, (1, 2), (1, 1), (0, 0, 0, 0), (1, 1), "zeros", (5, 2))  # lines of one output
 LARGE_DEPTHWISE = (3, 37, 1, 1, 1, 1, (3, 3), (2, 1), (1, 0, 1, 2), (1, 1), "zeros", (43, 39))
 LARGE = [
     *(("tucker_linear_forward", sizes) for sizes in ((2051, 67, 93, 16, 16), (517, 129, 301, 7, 21))),
     *(("tucker_linear_backward", sizes) for sizes in ((2051, 67, 93, 16, 16), (517, 129, 301, 7, 21))),
     *(("tucker_conv_forward", sizes) for sizes in (LARGE_CONV, LARGE_GROUPS)),
-    *(("tucker_conv_backward", sizes) for sizes in (LARGE_CONV, LARGE_GROUPS)),
+    *(("tucker_conv_backward", sizes) for sizes in (LARGE_CONV, LARGE_GROUPS, NARROW_CONV)),
     *(("conv_weight_gradient", sizes) for sizes in (LARGE_DEPTHWISE, LARGE_GROUPS)),
     *(("tucker_reconstruct", dims) for dims in ((517, 301), (131, 77, 3, 5))),
     *(("tucker_reconstruct_backward", dims) for dims in ((517, 301), (131, 77, 3, 5))),
