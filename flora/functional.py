@@ -73,7 +73,7 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
 
 def _autocast(x: Tensor, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
     """What autocast would do to a stock call's arguments; the factors keep their dtype."""
-    dtype = _autocast_dtype("cpu" if x.is_cpu else x.device.type)
+    dtype = _autocast_dtype(x.device.type)
     if dtype is None:
         return (x, *rest)
     return tuple(
@@ -319,6 +319,15 @@ class _Update(torch.autograd.Function):
         return None, None, dx, *ctx.op.update_backward(dx, dy, x, h, tucker, needs[1:])
 
 
+def _direct(node: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``node.apply`` without its preparations for ``torch.func``, under which no node of this file runs."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, node).apply  # type: ignore[misc]
+    return apply
+
+
+_fused, _effective = _direct(_Fused), _direct(_Effective)
+
+
 # What layers call --------------------------------------------------------------------------------------------------
 
 
@@ -360,7 +369,8 @@ def adapted(
 
     Returns a tensor of the stock operation's shape and dtype. Raises what the stock operation raises.
     """
-    x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
+    if not x.is_cpu or torch.is_autocast_enabled("cpu"):
+        x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
     core, factors, scale = tucker
     if _watched() or not takes(x, weight, bias, core, factors):
         if x.layout is torch.strided and not x.is_nested:
@@ -383,11 +393,8 @@ def adapted(
             added = op.base(_dropped(x, dropout).to(delta.dtype), delta, None)
         return _add_to(op.base(x, weight, bias), added)
     if grad:
-        node = _Fused if plan == "fused" else _Effective
-        option = dropout if plan == "fused" else plan == "hybrid"
-        out: Tensor = node.apply(  # type: ignore[no-untyped-call]
-            op, scale, option, x, weight, bias, core, *factors
-        )
+        apply, option = (_fused, dropout) if plan == "fused" else (_effective, plan == "hybrid")
+        out: Tensor = apply(op, scale, option, x, weight, bias, core, *factors)
         return out
     if plan == "fused":
         return op.update_(op.base(x, weight, bias), _dropped(x, dropout), tucker, want_h=False)[0]

@@ -164,10 +164,10 @@ class AdaptedLayer(nn.Module):
         if kind.opaque:
             return self._opaque_forward(deltas, *args, **kwargs)
         if len(args) == 1 and not kwargs and kind.stock(base) and not _has_hooks(base):
+            weight: Tensor = _held(base, "weight")
             if kind is EMBEDDING:
-                return self._embed(args[0], base.weight, base.padding_idx, deltas)  # type: ignore[arg-type]
-            weight: Tensor = base.weight  # type: ignore[assignment]
-            return self._call(kind.op(base), args[0], kind.turned(weight), base.bias, deltas)  # type: ignore[arg-type]
+                return self._embed(args[0], weight, base.padding_idx, deltas)  # type: ignore[arg-type]
+            return self._call(kind.op(base), args[0], kind.turned(weight), _held(base, "bias"), deltas)
         return self._foreign_forward(deltas, args, kwargs)
 
     def _call(
@@ -497,6 +497,12 @@ def _merge_again(layer: nn.Module, incompatible_keys: Any) -> None:
     if isinstance(layer, AdaptedLayer) and layer._merge_again:
         layer._merge_again = False
         layer.merge()
+
+
+def _held(module: nn.Module, name: str) -> Any:
+    """An attribute that is a parameter as a rule, and then found without nn.Module's slow __getattr__."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def _has_hooks(module: nn.Module) -> bool:

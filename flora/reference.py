@@ -118,8 +118,8 @@ def tucker_linear_backward(
 ) -> None:
     """dx += dh·U_inᵀ, and the gradients of the factors and the core, written to their outputs; None skips one."""
     with torch.no_grad():
-        dx, dy, x, h = (t if t is None or t.ndim == 2 else t.view(-1, t.shape[-1]) for t in (dx, dy, x, h))
-        dyc = dy.to(u_in.dtype)
+        dx, x, h = (None if t is None else t[None].flatten(0, -2) for t in (dx, x, h))
+        dyc = dy[None].flatten(0, -2).to(u_in.dtype)
         dk = scale * (dyc @ u_out)
         dh = dk if core is None else dk @ core
         if (d_core is not None or d_u_out is not None) and h is None:

@@ -83,7 +83,7 @@ class TuckerDelta(Delta):
         """The tensors as `flora.functional` takes them."""
         core = self._parameters.get("core")  # as every call needs it, without nn.Module's slow __getattr__
         factors = tuple(self._modules["factors"]._parameters.values())  # type: ignore[union-attr]
-        return Tucker(self.core if core is None else core, factors, self.scale)  # type: ignore[arg-type]
+        return Tucker(self.core if core is None else core, factors, self.scale)
 
     def adapted(self, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
         return functional.adapted(op, x, weight, bias, self.tucker, plan=self.config.plan, dropout=dropout)
