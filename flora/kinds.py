@@ -5,6 +5,7 @@ Nothing here computes. `kind_of` is the one place that decides; a layer that it 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -84,23 +85,19 @@ class TransposedLinearKind(Kind):
 
 
 class ConvKind(Kind):
-    _STOCK: tuple[type[Any], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    _STOCK = frozenset((cls.forward, cls._conv_forward) for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
     def stock(self, module: nn.Module) -> bool:
         cls: type[Any] = type(module)
         own = module.__dict__
-        return any(
-            cls.forward is base.forward and cls._conv_forward is base._conv_forward for base in self._STOCK
-        ) and not ("forward" in own or "_conv_forward" in own)
+        return (cls.forward, cls._conv_forward) in self._STOCK and not ("forward" in own or "_conv_forward" in own)
 
     def op(self, module: nn.Module) -> Op:
         conv: _ConvNd = module  # type: ignore[assignment]
-        if conv.padding == "same":
-            padding = same_padding(conv.kernel_size, conv.dilation)
-        elif conv.padding == "valid":
-            padding = (0,) * (2 * len(conv.kernel_size))
+        if isinstance(conv.padding, str):
+            padding = _named_padding(conv.padding, conv.kernel_size, conv.dilation)
         else:
-            padding = tuple(int(p) for p in conv.padding for _ in (0, 1))
+            padding = _both_sides(tuple(conv.padding))
         return ConvOp(conv.stride, padding, conv.dilation, conv.groups, conv.padding_mode)
 
 
@@ -126,6 +123,15 @@ TRANSPOSED = TransposedLinearKind("TRANSPOSED")
 CONV = ConvKind("CONV")
 EMBEDDING = EmbeddingKind("EMBEDDING")
 ATTENTION = AttentionKind("ATTENTION")
+
+
+def _named_padding(padding: str, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, ...]:
+    return same_padding(kernel, dilation) if padding == "same" else (0,) * (2 * len(kernel))
+
+
+@lru_cache(maxsize=1024)
+def _both_sides(padding: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int(p) for p in padding for _ in (0, 1))
 
 
 def _is_conv1d_class(cls: type) -> bool:

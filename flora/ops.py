@@ -10,7 +10,8 @@ Source of the algebra: FLoRA, arXiv 2405.14739, and docs/methods.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -116,22 +117,13 @@ class ConvOp(NamedTuple):
     groups: int
     padding_mode: str = "zeros"
 
-    def _pad(self, x: Tensor) -> tuple[Tensor, list[int]]:
-        """x with whatever padding the convolution itself cannot do, and the symmetric padding left for it."""
-        before, after = self.padding[::2], self.padding[1::2]
-        if self.padding_mode != "zeros":
-            return reference.pad_input(x, self.padding, self.padding_mode), [0] * len(before)
-        if before == after:
-            return x, list(before)
-        # As PyTorch does for an even kernel under padding="same": the longer side is padded, the rest is the layer's.
-        common = [min(pair) for pair in zip(before, after, strict=True)]
-        extra = [p - c for pair, c in zip(zip(before, after, strict=True), common, strict=True) for p in pair]
-        return reference.pad_input(x, extra, "zeros"), common
+    def _pad(self, x: Tensor, extra: tuple[int, ...] | None) -> Tensor:
+        return x if extra is None else reference.pad_input(x, extra, self.padding_mode)
 
     def base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        padded, padding = self._pad(x)
-        conv = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
-        return conv(padded, weight, bias, self.stride, padding, self.dilation, self.groups)
+        padding, extra = _split_padding(self.padding, self.padding_mode)
+        x = self._pad(x, extra)
+        return _CONV[weight.ndim - 3](x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def base_backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
@@ -147,24 +139,25 @@ class ConvOp(NamedTuple):
             needs = (needs[0], False, needs[2])
             if not any(needs):
                 return None, dw, None
-        with torch.enable_grad():  # the graph of the padding alone, where there is one
-            source = x.detach().requires_grad_(needs[0])
-            padded, padding = self._pad(source)
-        zero = [0] * len(self.stride)
-        dx, dw_torch, db = torch.ops.aten.convolution_backward(
+        padding, extra = _split_padding(self.padding, self.padding_mode)
+        zero = (0,) * len(padding)
+        dx, dw_torch, db = _convolution_backward(
             dy,
-            padded.detach(),
+            self._pad(x, extra),
             weight,
-            [weight.shape[0]],
+            weight.shape[:1],
             self.stride,
             padding,
             self.dilation,
             False,
             zero,
             self.groups,
-            list(needs),
+            needs,
         )
-        if needs[0] and padded is not source:
+        if needs[0] and extra is not None:
+            with torch.enable_grad():  # the graph of the padding alone
+                source = x.detach().requires_grad_()
+                padded = self._pad(source, extra)
             (dx,) = torch.autograd.grad(padded, source, dx)
         return dx, dw if in_c else dw_torch, db
 
@@ -215,12 +208,38 @@ class ConvOp(NamedTuple):
         return x.new_zeros(x.shape[0], d_out, *out)
 
     def plan(self, x: Tensor, weight: Tensor, core: Tensor, grad: bool) -> str:
-        inside = outside = x.shape[0]
-        for i, extent in enumerate(x.shape[2:]):
-            reach = self.dilation[i] * (weight.shape[2 + i] - 1) + 1
-            inside *= extent
-            outside *= max(0, extent + self.padding[2 * i] + self.padding[2 * i + 1] - reach) // self.stride[i] + 1
-        return choose_plan(weight.shape, core.shape, self.groups, inside, outside, x.element_size(), grad)
+        return _conv_plan(self, x.shape, weight.shape, core.shape, x.element_size(), grad)
+
+
+_CONV = (F.conv1d, F.conv2d, F.conv3d)
+_convolution_backward = torch.ops.aten.convolution_backward.default
+
+
+@lru_cache(maxsize=1024)
+def _split_padding(padding: tuple[int, ...], mode: str) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """The symmetric padding that the convolution itself does, and what has to be padded before it, if anything."""
+    before, after = padding[::2], padding[1::2]
+    if mode != "zeros":
+        return (0,) * len(before), padding
+    if before == after:
+        return before, None
+    # As PyTorch does for an even kernel under padding="same": the longer side is padded, the rest is the layer's.
+    common = tuple(min(pair) for pair in zip(before, after, strict=True))
+    extra = [p - c for *pair, c in zip(before, after, common, strict=True) for p in pair]
+    return common, tuple(extra)
+
+
+@lru_cache(maxsize=4096)
+def _conv_plan(
+    op: ConvOp, x: tuple[int, ...], weight: tuple[int, ...], core: tuple[int, ...], itemsize: int, grad: bool
+) -> str:
+    """The plan of a call with these shapes."""
+    inside = outside = x[0]
+    for i, extent in enumerate(x[2:]):
+        reach = op.dilation[i] * (weight[2 + i] - 1) + 1
+        inside *= extent
+        outside *= max(0, extent + op.padding[2 * i] + op.padding[2 * i + 1] - reach) // op.stride[i] + 1
+    return choose_plan(weight, core, op.groups, inside, outside, itemsize, grad)
 
 
 LINEAR = LinearOp()
