@@ -572,19 +572,6 @@ static void project_x(const plan *p, const tile *t, void *room, void *h_tile) {
     sweep(p, &p->layer->x, t, p->layer->c_in, room, h_tile, at(p, p->u_in), p->in_w, NULL, NULL, 0);
 }
 
-/* h of all images, tile by tile */
-static void project_chunk(int chunk, void *plan_) {
-    const plan *p = plan_;
-    const int64_t tasks = in_tiles(p);
-    void *h_tile = in_room(p, chunk, p->h_tile), *block = in_room(p, chunk, p->block);
-    for (int64_t task = flora_chunk_begin(tasks, chunk, p->chunks);
-         task < flora_chunk_begin(tasks, chunk + 1, p->chunks); task++) {
-        const tile t = in_tile_of(p, task);
-        project_x(p, &t, block, h_tile);
-        store_h(p, &t, h_tile);
-    }
-}
-
 static void pad_chunk(int chunk, void *plan_) {
     const plan *p = plan_;
     const int64_t lines = p->layer->batch * (p->layer->padded_pixels / p->layer->padded[p->layer->ndim - 1]);
@@ -593,10 +580,25 @@ static void pad_chunk(int chunk, void *plan_) {
         pad_line(p, line);
 }
 
+/* h of all images, tile by tile, in zeros */
+static void project_chunk(int chunk, void *plan_) {
+    const plan *p = plan_;
+    const int64_t tasks = in_tiles(p);
+    void *h_tile = in_room(p, chunk, p->h_tile), *block = in_room(p, chunk, p->block);
+    if (p->layer->geometry.mode == FLORA_PAD_ZEROS)
+        pad_chunk(chunk, plan_);
+    for (int64_t task = flora_chunk_begin(tasks, chunk, p->chunks);
+         task < flora_chunk_begin(tasks, chunk + 1, p->chunks); task++) {
+        const tile t = in_tile_of(p, task);
+        project_x(p, &t, block, h_tile);
+        store_h(p, &t, h_tile);
+    }
+}
+
 /* The padded image h from x. */
 static void project(plan *p) {
     flora_parallel(p->chunks, project_chunk, p);
-    if (p->layer->padded_pixels != p->layer->in_pixels)
+    if (p->layer->geometry.mode != FLORA_PAD_ZEROS) /* which shows the interior, so that has to be there */
         flora_parallel(p->chunks, pad_chunk, p);
 }
 
@@ -651,6 +653,14 @@ static void finish_tile(const plan *p, int chunk, const tile *t, const void *dh_
                in_room(p, chunk, p->turned));
 }
 
+static void margins_chunk(int chunk, void *plan_) {
+    const plan *p = plan_;
+    const int64_t slices = p->layer->batch * p->layer->groups;
+    for (int64_t slice = flora_chunk_begin(slices, chunk, p->chunks);
+         slice < flora_chunk_begin(slices, chunk + 1, p->chunks); slice++)
+        clear_margins(p, slice);
+}
+
 /* Output pixels: dk, dU_out and dG; for a pointwise layer also dh and all the rest. */
 static void backward_chunk(int chunk, void *plan_) {
     const plan *p = plan_;
@@ -660,6 +670,8 @@ static void backward_chunk(int chunk, void *plan_) {
     void *h_tile = in_room(p, chunk, p->h_tile), *k_tile = in_room(p, chunk, p->k_tile);
     void *dh_tile = in_room(p, chunk, p->dh_tile), *block = in_room(p, chunk, p->block);
     memset(in_sums(p, chunk, 0), 0, (size_t)p->sums_size);
+    if (p->gathers)
+        margins_chunk(chunk, plan_);
     for (int64_t task = flora_chunk_begin(tasks, chunk, p->chunks);
          task < flora_chunk_begin(tasks, chunk + 1, p->chunks); task++) {
         const tile t = out_tile_of(p, task);
@@ -723,14 +735,6 @@ static void transposed_chunk(int chunk, void *plan_) {
         transposed_line(p, task / pieces, begin, flora_min(begin + LINE_TILE, length),
                         in_room(p, chunk, p->line_taps_dk), in_room(p, chunk, p->line_taps_core));
     }
-}
-
-static void margins_chunk(int chunk, void *plan_) {
-    const plan *p = plan_;
-    const int64_t slices = p->layer->batch * p->layer->groups;
-    for (int64_t slice = flora_chunk_begin(slices, chunk, p->chunks);
-         slice < flora_chunk_begin(slices, chunk + 1, p->chunks); slice++)
-        clear_margins(p, slice);
 }
 
 static void fold_chunk(int chunk, void *plan_) {
@@ -1043,8 +1047,6 @@ flora_status flora_layer_backward(const flora_layer *layer, char *error) {
         pack_expand(&p, p.to_dx, layer->u_in, &layer->dx, 1, p.dx_w, 1.0);
     if (projects && !layer->pointwise)
         project(&p);
-    if (p.gathers && !empty)
-        flora_parallel(p.chunks, margins_chunk, &p);
     if (empty)
         p.chunks = 1, memset(in_sums(&p, 0, 0), 0, (size_t)p.sums_size);
     else
