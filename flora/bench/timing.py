@@ -1,0 +1,157 @@
+"""Times the steps of several modules in turns. How a noisy machine is dealt with is written here and nowhere else.
+
+A virtual machine's speed drifts by more than an adapter costs, within seconds. So no two times are compared that were
+not taken side by side:
+
+- The steps take turns in one process, in a new order each round. The baseline runs before and after every second one,
+  and a sample counts as its ratio to the mean of the two baseline samples around it. A figure is the *median* of these
+  paired ratios: drift is the same above and below the line, and a burst of other work spoils single pairs.
+- Its `Timing.error` is the standard error of that median, 0.93·IQR/√n (normal noise). A figure whose error exceeds
+  `TOO_NOISY`, or that was taken while others took more than `machine.OTHERS` of the CPUs, is measured again from
+  scratch, up to `ATTEMPTS` times; the attempt with the least error counts. One that stays noisy is marked, is left out
+  of every comparison, and the program ends with 1.
+- A step that takes twice the baseline's time or more is sampled in every third round only: its overhead is large
+  against its error anyway.
+
+Least and lower quartile are reported in seconds too, for what they are worth on the machine of that moment.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+from flora.bench.machine import OTHERS, Others
+
+Step = Callable[[], None]
+
+SHORTEST = 0.01
+"""Seconds that a sample takes at least, in as many steps as that needs."""
+
+LONGEST = 40.0
+"""Seconds that an attempt may take about; rounds are given up for it, down to `FEWEST`."""
+
+FEWEST = 5
+"""The rounds without which there are no quartiles worth the name."""
+
+TOO_NOISY = 0.02
+"""Relative error of a ratio from which on it is not to be used."""
+
+ATTEMPTS = 3
+
+SLOW = 2.0
+SLOW_EVERY = 3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a step (least, lower quartile), and its ratio to the baseline with the ratio's relative error."""
+
+    least: float
+    quartile: float
+    ratio: float
+    error: float
+    samples: int
+    disturbed: float = 0.0
+    """The share of the CPUs that others took meanwhile."""
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the figure is not to be used."""
+        return self.error > TOO_NOISY or self.disturbed > OTHERS
+
+    @property
+    def why_noisy(self) -> str:
+        """What made it noisy."""
+        if self.disturbed > OTHERS:
+            return f"others had {self.disturbed:.0%} of the CPUs"
+        return f"±{self.error:.1%}"
+
+
+def interleaved(
+    steps: Mapping[str, Step], baseline: str, rounds: int = 15, *, attempts: int = ATTEMPTS
+) -> dict[str, Timing]:
+    """The timing of every step, in the order of ``steps``; ``baseline`` is one of their names.
+
+    Raises ValueError for fewer than `FEWEST` rounds.
+    """
+    if rounds < FEWEST:
+        raise ValueError(f"rounds={rounds} are too few for quartiles; {FEWEST} at least")
+    once = {name: _warm(step) for name, step in steps.items()}
+    best: dict[str, Timing] = {}
+    pending: Collection[str] = list(steps)
+    for attempt in range(attempts):
+        watch = Others()
+        pairs = _pairs(steps, baseline, pending, once, rounds, random.Random(attempt))
+        share = watch.share()
+        for name, values in pairs.items():
+            timing = _timing(values, share, 1.0 if name == baseline else None)
+            if name not in best or _rank(timing) < _rank(best[name]):
+                best[name] = timing
+        pending = [name for name in pending if best[name].noisy]
+        if not pending:
+            break
+    return {name: best[name] for name in steps}
+
+
+def _warm(step: Step) -> float:
+    """Seconds of a step once it is warm."""
+    step()
+    return min(_seconds(step, 1) for _ in range(2))
+
+
+def _pairs(
+    steps: Mapping[str, Step],
+    baseline: str,
+    names: Collection[str],
+    once: Mapping[str, float],
+    rounds: int,
+    shuffled: random.Random,
+) -> dict[str, list[tuple[float, float]]]:
+    """For each name, pairs of its seconds and the baseline's around them; the baseline's own are its neighbours."""
+    repeat = {name: max(1, math.ceil(SHORTEST / once[name])) for name in steps}
+    slow = {name for name in names if once[name] > SLOW * once[baseline]}
+    per_round = sum(once[n] * repeat[n] / (SLOW_EVERY if n in slow else 1) for n in names)
+    per_round += once[baseline] * repeat[baseline] * (len(names) / 2 + 1)
+    rounds = max(FEWEST, min(rounds, int(LONGEST / per_round)))
+    every = SLOW_EVERY if rounds >= SLOW_EVERY * FEWEST else max(1, rounds // FEWEST)
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for turn in range(rounds):
+        due = [name for name in names if name != baseline and (name not in slow or turn % every == 0)]
+        shuffled.shuffle(due)
+        before = _seconds(steps[baseline], repeat[baseline])
+        for i in range(0, max(1, len(due)), 2):
+            taken = {name: _seconds(steps[name], repeat[name]) for name in due[i : i + 2]}
+            after = _seconds(steps[baseline], repeat[baseline])
+            for name, seconds in taken.items():
+                pairs[name].append((seconds, (before + after) / 2))
+            if baseline in pairs:
+                pairs[baseline].append((after, before))
+            before = after
+    return pairs
+
+
+def _seconds(step: Step, repeat: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeat):
+        step()
+    return (time.perf_counter() - start) / repeat
+
+
+def _timing(pairs: list[tuple[float, float]], disturbed: float, ratio: float | None) -> Timing:
+    """The figures of some pairs; ``ratio`` where it is known beforehand."""
+    seconds = [own for own, _ in pairs]
+    ratios = [own / base for own, base in pairs]
+    low, median, high = statistics.quantiles(ratios, n=4)
+    error = 0.93 * (high - low) / math.sqrt(len(ratios)) / median
+    quartile = statistics.quantiles(seconds, n=4)[0]
+    return Timing(min(seconds), quartile, median if ratio is None else ratio, error, len(pairs), disturbed)
+
+
+def _rank(timing: Timing) -> tuple[bool, float]:
+    """The order of attempts: an undisturbed one first, then the one with the least error."""
+    return timing.disturbed > OTHERS, timing.error
