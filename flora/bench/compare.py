@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flora.bench.case import Case
 from flora.bench.machine import gemm_speed, has_amx, multiplies_bfloat16
-from flora.bench.memory import peak_bytes, saved_bytes
+from flora.bench.memory import exact_heap, peak_bytes, saved_bytes
 from flora.bench.peers import FLORA, FROZEN, LORA, AbsentError, build, peers
 from flora.bench.timing import ATTEMPTS, Timing, interleaved
 
@@ -91,6 +91,7 @@ def compare(
 
     A maker may raise `AbsentError`. ``saved_bounds`` gives a peer another one's saved bytes times a factor as bound.
     """
+    exact_heap()
     modules: dict[str, nn.Module] = {}
     absent: dict[str, str] = {}
     for peer, make in makers.items():

@@ -1,4 +1,4 @@
-"""What a training step holds."""
+"""What a training step holds, and where its memory comes from."""
 
 from __future__ import annotations
 
@@ -9,10 +9,31 @@ from pathlib import Path
 
 from flora.finetune.training import saved_bytes
 
-__all__ = ["peak_bytes", "saved_bytes"]
+__all__ = ["exact_heap", "keep_heap", "peak_bytes", "saved_bytes"]
 
-_STATUS = Path("/proc/self/status")
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 _CLEAR = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+
+
+def keep_heap() -> None:
+    """From now on the C library gives no freed memory back, and large blocks come from the heap as small ones do.
+
+    Does nothing where the C library is not glibc.
+    """
+    _mallopt({_MMAP_MAX: 0, _TRIM_THRESHOLD: -1})
+
+
+def exact_heap() -> None:
+    """From now on large blocks come from the system and go back to it, as does at once all that is free.
+
+    Does nothing where the C library is not glibc.
+    """
+    _mallopt({_MMAP_MAX: 2**16, _MMAP_THRESHOLD: 2**17})
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def peak_bytes(step: Callable[[], None], clear: Callable[[], None]) -> int | None:
@@ -20,29 +41,30 @@ def peak_bytes(step: Callable[[], None], clear: Callable[[], None]) -> int | Non
 
     It is the kernel's own count of resident pages (VmHWM, reset beforehand through clear_refs), so that it holds
     everything: tensors, but also what flora's kernels, oneDNN and the BLAS allocate past PyTorch, which its profiler
-    does not see. What the heap keeps of earlier steps is handed back first (malloc_trim), or it would be used again
-    unseen. One step runs before, for whatever is allocated only once; ``clear`` drops its gradients, so that those of
-    the counted step count.
+    does not see. It runs under `exact_heap`, since what a heap keeps of earlier steps would be used again unseen. One
+    step runs before, for whatever is allocated only once; ``clear`` drops its gradients, so that those of the counted
+    step count.
     """
+    exact_heap()
     step()
     clear()
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is None or not _CLEAR.exists():
-        return None
-    trim(0)
+    exact_heap()
     try:
         _CLEAR.write_text("5")
     except OSError:
         return None
     before = _high_water()
     step()
-    return None if before is None else (_high_water() or before) - before
+    return _high_water() - before
 
 
-def _high_water() -> int | None:
-    for line in _STATUS.read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key == "VmHWM":
-            return int(value.split()[0]) * 1024
-    return None
+def _mallopt(options: dict[int, int]) -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in options.items():
+            mallopt(option, value)
+
+
+def _high_water() -> int:
+    lines = (line.partition(":") for line in _STATUS.read_text().splitlines())
+    return next(int(value.split()[0]) * 1024 for key, _, value in lines if key == "VmHWM")

@@ -109,6 +109,11 @@ class Plain(nn.Module):
         self.core = nn.Parameter(core.to(dtype))
         self.factors = nn.ParameterList(factor.to(dtype) for factor in factors)
 
+    @property
+    def weight(self) -> Tensor:
+        """The frozen layer's, since networks look at its dtype."""
+        return self.layer.weight
+
 
 class Rebuilt(Plain):
     """ΔW is rebuilt in every forward and the layer run a second time with it: what FLoRA's authors do."""

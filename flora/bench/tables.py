@@ -62,7 +62,7 @@ def _cells(row: Row, limit: float | None) -> tuple[str, ...]:
         f"{timing.least * 1e3:.3f}",
         f"{timing.quartile * 1e3:.3f}",
         "noisy" if ratio is None else f"{ratio:.3f}",
-        f"{timing.error * timing.ratio:.3f}",
+        f"{timing.error:.3f}",
         overhead,
         "" if row.saved is None else f"{row.saved / MIB:.1f}",
         "" if row.peak is None else f"{row.peak / MIB:.1f}",
