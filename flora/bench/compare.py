@@ -91,6 +91,7 @@ def compare(
 
     A maker may raise `AbsentError`. ``saved_bounds`` gives a peer another one's saved bytes times a factor as bound.
     """
+    gc.collect()
     exact_heap()
     modules: dict[str, nn.Module] = {}
     absent: dict[str, str] = {}
@@ -116,7 +117,6 @@ def compare(
         other, factor = saved_bounds.get(peer, ("", 1.0))
         most = int(saved[other] * factor) if other in saved else None
         rows.append(Row(peer, timings[peer], saved[peer], peak[peer], bounds.get(peer), most))
-    gc.collect()
     return Result(name, tuple(rows))
 
 

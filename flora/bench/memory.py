@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +29,6 @@ def exact_heap() -> None:
     Does nothing where the C library is not glibc.
     """
     _mallopt({_MMAP_MAX: 2**16, _MMAP_THRESHOLD: 2**17})
-    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
