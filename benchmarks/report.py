@@ -126,9 +126,11 @@ def markdown(run: Run, drawings: Mapping[str, str]) -> str:
     return "\n".join(parts)
 
 
-def _peers(results: Iterable[Result]) -> list[str]:
+def _peers(results: Sequence[Result]) -> list[str]:
     """Every peer that some result has figures of, in order."""
-    return [*dict.fromkeys(row.peer for result in results for row in result.rows if row.timing is not None)]
+    rows = [row for result in results for row in result.rows]
+    measured = {row.peer for row in rows if row.timing is not None}
+    return [peer for peer in dict.fromkeys(row.peer for row in rows) if peer in measured]
 
 
 def _absent(results: Iterable[Result]) -> list[str]:
