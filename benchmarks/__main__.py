@@ -16,6 +16,7 @@ from flora.bench.tables import ratios, terminal
 from flora.bench.timing import ATTEMPTS, FEWEST
 
 MODEL_ROUNDS = 7
+MODEL_ATTEMPTS = 2
 CURVE_ROUNDS = 9
 LAYERS = {"layers": cases.LAYERS, "channels_last": cases.CHANNELS_LAST, "bfloat16": cases.BFLOAT16}
 
@@ -79,7 +80,7 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Run | Non
             run.results.setdefault(part, []).append(result)
             print(f"\n{terminal(result)}", flush=True)
     for model in networks:
-        result = models.measure(model, rounds=rounds["models"], attempts=attempts)
+        result = models.measure(model, rounds=rounds["models"], attempts=min(attempts, MODEL_ATTEMPTS))
         run.results.setdefault("models", []).append(result)
         print(f"\n{terminal(result)}", flush=True)
     for curve in lines:

@@ -40,6 +40,9 @@ SHORTEST = 0.01
 LONGEST = 20.0
 """Seconds that an attempt may take about; rounds are given up for it, down to `FEWEST`."""
 
+LONG = 0.2
+"""Seconds of a step that is not run just to be warm."""
+
 FEWEST = 5
 """The rounds without which there are no quartiles worth the name."""
 
@@ -116,9 +119,9 @@ def interleaved(
 
 
 def _warm(step: Step) -> float:
-    """Seconds of a step once it is warm."""
-    step()
-    return min(_seconds(step, 1) for _ in range(2))
+    """Seconds of a step once it is warm; a long one is warm enough at once."""
+    first = _seconds(step, 1)
+    return first if first > LONG else min(_seconds(step, 1) for _ in range(2))
 
 
 def _pairs(
