@@ -118,8 +118,8 @@ def measure(case: Case, grad: bool, *, rounds: int, attempts: int) -> Entry:
     tucker = modules["fused"].deltas["default"].tucker
     arguments = kind_of(layer).op(layer), x, layer.weight, tucker
     becomes = {name: functional.resolve_plan(*arguments, name, 0.0, grad) for name in PLANS}
-    with mock.patch.object(ops, "choose_plan", lambda *call: call):
-        call: Any = arguments[0].plan(*arguments[1:], grad)
+    with mock.patch.multiple(ops, choose_plan=_as_called, _conv_plan=ops._conv_plan.__wrapped__):
+        call: Any = arguments[0].plan(x, layer.weight, tucker.core, grad)
     picked = plan.choose_plan(*call)
     steps = {becomes[name]: _step(modules[name], x, grad) for name in reversed(PLANS)}
     times = interleaved(
@@ -129,6 +129,10 @@ def measure(case: Case, grad: bool, *, rounds: int, attempts: int) -> Entry:
     seconds = {name: t.ratio * base for name, t in times.items()}
     near = [t.error / t.ratio for name, t in times.items() if seconds[name] <= 1.3 * min(seconds.values())]
     return Entry(case.name + f", rank {case.rank}", grad, call, becomes, picked, predicted(call), seconds, max(near))
+
+
+def _as_called(shape: Sequence[int], ranks: Sequence[int], *others: Any) -> tuple[Any, ...]:
+    return tuple(shape), tuple(ranks), *others
 
 
 def _step(module: torch.nn.Module, x: torch.Tensor, grad: bool) -> Callable[[], None]:
