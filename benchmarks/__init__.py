@@ -1,1 +1,6 @@
-"""``make bench``: flora beside its peers, one layer at a time, in one process."""
+"""The project's own benchmarks: ``make bench``. What they are made of is in `flora.bench`.
+
+`cases` are the layers with the ratios that flora should reach, `models` whole training steps, `curves` how the cost
+grows; `report` writes JSON, docs/benchmarks.md and, by `plots`, the drawings. `plans` holds the cost model behind
+``plan="auto"`` against measurement.
+"""

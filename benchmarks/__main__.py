@@ -1,63 +1,93 @@
-"""``python -m benchmarks [--rounds N] [--only TEXT]``. Exits with 1 if a figure was too noisy to be used."""
+"""``python -m benchmarks``: flora beside its peers. Exits with 1 if the machine was too busy for some figure."""
 
 from __future__ import annotations
 
 import argparse
-import gc
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
 
-from benchmarks.cases import CASES, Case
-from benchmarks.peers import BASELINE, PEERS, RefusedError
-from benchmarks.report import Row, line, machine, write
-from benchmarks.timing import interleaved
-from flora.finetune.training import saved_bytes
+from benchmarks import cases, curves, models, plots
+from benchmarks.report import DOCS, PARTS, RESULTS, Run, markdown
+from flora.bench import compare, machine
+from flora.bench.command import any_noisy
+from flora.bench.compare import ROUNDS
+from flora.bench.tables import ratios, terminal
+from flora.bench.timing import ATTEMPTS, FEWEST
 
-
-def measure(case: Case, rounds: int) -> list[Row]:
-    """Every peer on one layer."""
-    modules, refusals = {}, {}
-    for name, peer in PEERS.items():
-        try:
-            modules[name] = peer(case.make()[0])
-        except RefusedError as refusal:
-            refusals[name] = str(refusal)
-    _, x = case.make()
-    samples = interleaved(modules, x, rounds)
-    base = samples[BASELINE]
-    rows = []
-    for name in PEERS:
-        if name in refusals:
-            rows.append(Row(case.name, name, refusal=refusals[name]))
-        else:
-            sample = samples[name]
-            ratio, noisy = sample.quartile / base.quartile, sample.noisy or base.noisy
-            rows.append(Row(case.name, name, sample, ratio, saved_bytes(modules[name], x), noisy))
-    return rows
+MODEL_ROUNDS = 7
+MODEL_ATTEMPTS = 2
+CURVE_ROUNDS = 9
+LAYERS = {"layers": cases.LAYERS, "channels_last": cases.CHANNELS_LAST, "bfloat16": cases.BFLOAT16}
 
 
-def main() -> int:
-    """Measures the cases whose name holds ``--only``, prints the table and writes the JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="One layer, forward and backward.")
-    parser.add_argument("--rounds", type=int, default=15, help="samples of each module")
-    parser.add_argument("--only", default="", help="part of the names of the cases to measure")
-    args = parser.parse_args()
-    if args.rounds < 4:
-        parser.error(f"--rounds {args.rounds} is too few for quartiles")
-    cases = [case for case in CASES if args.only in case.name]
-    if not cases:
-        parser.error(f"--only {args.only!r} is in none of: {'; '.join(case.name for case in CASES)}")
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
-    rows = []
-    for case in cases:
-        print(f"{case.name}   (least, lower quartile of {args.rounds}; ratio to the frozen layer)")
-        measured = measure(case, args.rounds)
-        print("\n".join(line(row) for row in measured), flush=True)
-        rows += measured
-        gc.collect()
-    print(f"written to {write(rows)}")
-    noisy = sum(row.noisy for row in rows)
-    if noisy:
-        print(f"{noisy} of {len(rows)} figures were too noisy: run again on a quiet machine")
-    return 1 if noisy else 0
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints, and writes JSON and drawings. Returns the exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        run = Run.read(args.read) if args.read else _run(parser, args)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if run is None:
+        return 1
+    target = args.json or RESULTS / f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}.json"
+    run.write(target)
+    drawn = plots.draw(run, DOCS if args.docs else target.with_suffix(""))
+    print(f"written to {target} and, {len(drawn)} drawings, {DOCS if args.docs else target.with_suffix('')}")
+    if args.docs:
+        (DOCS / "benchmarks.md").write_text(markdown(run, drawn))
+    return 1 if any_noisy(run.all()) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="flora beside its peers.")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="what has one of these in its name")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=[*PARTS], help="all parts")
+    parser.add_argument("--quick", action="store_true", help="few samples, one attempt, short curves")
+    parser.add_argument("--plans", action="store_true", help="also each of flora's plans by itself, on single layers")
+    parser.add_argument("--anyway", action="store_true", help="measure on a busy machine too; noisy figures are marked")
+    parser.add_argument("--docs", action="store_true", help="write docs/benchmarks.md and its drawings")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write instead of benchmarks/results")
+    parser.add_argument("--read", type=Path, nargs="+", metavar="FILE", help="put earlier results together instead")
+    return parser
+
+
+def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Run | None:
+    """Measures what the options ask for; None on a busy machine."""
+
+    def chosen(name: str) -> bool:
+        return any(text.lower() in name.lower() for text in args.only)
+
+    rounds = {"layers": ROUNDS, "models": MODEL_ROUNDS, "curves": CURVE_ROUNDS}
+    rounds = dict.fromkeys(rounds, FEWEST) if args.quick else rounds
+    attempts = 1 if args.quick else ATTEMPTS
+    layers = {part: [c for c in LAYERS[part] if chosen(c.name)] for part in args.part if part in LAYERS}
+    networks = [m for m in models.MODELS if chosen(m.name)] if "models" in args.part else []
+    lines = [c for c in curves.curves(quick=args.quick) if chosen(c.name)] if "curves" in args.part else []
+    if not (any(layers.values()) or networks or lines):
+        parser.error(f"--only {' '.join(map(repr, args.only))} is in no name of {', '.join(args.part)}")
+    run = Run()
+    print(", ".join(f"{key} {value}" for key, value in run.machine.items() if not isinstance(value, dict)))
+    reason = machine.busy()
+    if reason is not None:
+        print(f"the machine is busy: {reason}")
+        if not args.anyway:
+            return None
+    for part, found in layers.items():
+        for case in found:
+            result = compare.measure(case, rounds=rounds["layers"], attempts=attempts, plans=args.plans)
+            run.results.setdefault(part, []).append(result)
+            print(f"\n{terminal(result)}", flush=True)
+    for model in networks:
+        result = models.measure(model, rounds=rounds["models"], attempts=min(attempts, MODEL_ATTEMPTS))
+        run.results.setdefault("models", []).append(result)
+        print(f"\n{terminal(result)}", flush=True)
+    for curve in lines:
+        points = curves.measure(curve, rounds=rounds["curves"], attempts=attempts)
+        run.curves[curve.name] = points
+        print(f"\n{curve.name}\n{ratios([*points.values()], curves.SHOWN)}", flush=True)
+    return run
 
 
 if __name__ == "__main__":

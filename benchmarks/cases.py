@@ -1,48 +1,42 @@
-"""The layers that are measured: rows of ViT-B, of a LLaMA and of ResNet- and ConvNeXt-like networks."""
+"""The layers that are measured: rows of ViT-B, of a LLaMA, and of ResNet- and ConvNeXt-like networks.
+
+The numbers beside them are the ratios to the frozen layer that flora should reach, and nowhere else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-RANK = 16
-KERNEL_RANK = 2
+from flora.bench.case import Case, conv, linear
+from flora.bench.peers import FLORA
 
-
-@dataclass(frozen=True)
-class Case:
-    """A layer, the shape of its input, and whether a 4-D input is channels_last."""
-
-    name: str
-    layer: Callable[[], nn.Linear | nn.Conv2d]
-    shape: tuple[int, ...]
-    channels_last: bool = False
-
-    def make(self) -> tuple[nn.Linear | nn.Conv2d, Tensor]:
-        """The layer, frozen, and an input that requires a gradient; the same values each time."""
-        torch.manual_seed(0)
-        layer, x = self.layer().requires_grad_(False), torch.randn(self.shape)
-        if self.channels_last:
-            layer, x = layer.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-        return layer, x.requires_grad_()
-
-
-_LINEAR = [
-    Case("Linear 768→768, 1576 rows", lambda: nn.Linear(768, 768), (1576, 768)),
-    Case("Linear 768→3072, 1576 rows", lambda: nn.Linear(768, 3072), (1576, 768)),
-    Case("Linear 2048→2048, 512 rows", lambda: nn.Linear(2048, 2048), (512, 2048)),
+_LINEAR = {
+    (768, 768, 1576): 1.12,  # ViT-B, batch 8
+    (768, 3072, 1576): 1.07,
+    (3072, 768, 1576): 1.07,
+    (2048, 2048, 512): 1.04,  # a LLaMA's
+    (4096, 4096, 512): 1.02,
+}
+_CONV: list[tuple[dict[str, Any], float, float]] = [  # contiguous, channels_last
+    ({"d_in": 64, "d_out": 64, "kernel": (3, 3), "extents": (56, 56)}, 1.30, 1.40),  # ResNet's stages
+    ({"d_in": 256, "d_out": 256, "kernel": (3, 3), "extents": (14, 14)}, 1.08, 1.12),
+    ({"d_in": 512, "d_out": 512, "kernel": (3, 3), "extents": (7, 7)}, 1.05, 1.10),
+    ({"d_in": 96, "d_out": 192, "kernel": (2, 2), "extents": (56, 56), "stride": 2}, 1.30, 1.40),  # ConvNeXt's
+    ({"d_in": 96, "d_out": 96, "kernel": (7, 7), "extents": (56, 56), "groups": 96}, 2.0, 2.0),
 ]
-_CONV: list[tuple[str, Callable[[], nn.Conv2d], tuple[int, ...]]] = [
-    ("Conv 64→64 3×3, 8×56×56", lambda: nn.Conv2d(64, 64, 3, padding=1), (8, 64, 56, 56)),
-    ("Conv 256→256 3×3, 8×14×14", lambda: nn.Conv2d(256, 256, 3, padding=1), (8, 256, 14, 14)),
-    ("Conv 96→192 2×2 stride 2, 8×56×56", lambda: nn.Conv2d(96, 192, 2, stride=2), (8, 96, 56, 56)),
-    ("depthwise 96 7×7, 8×56×56", lambda: nn.Conv2d(96, 96, 7, padding=3, groups=96), (8, 96, 56, 56)),
+_conv = partial(conv, batch=8)
+
+LAYERS = [
+    *(linear(*shape, bounds={FLORA: bound}) for shape, bound in _LINEAR.items()),
+    *(_conv(**shape, bounds={FLORA: bound}) for shape, bound, _ in _CONV),
 ]
-CASES = [
-    *_LINEAR,
-    *(Case(name, layer, shape) for name, layer, shape in _CONV),
-    *(Case(f"{name}, channels_last", layer, shape, channels_last=True) for name, layer, shape in _CONV),
+CHANNELS_LAST = [_conv(**shape, channels_last=True, bounds={FLORA: bound}) for shape, _, bound in _CONV]
+BFLOAT16: list[Case] = [
+    linear(768, 3072, 1576, dtype=torch.bfloat16, bounds={FLORA: 1.12}),
+    linear(2048, 2048, 512, dtype=torch.bfloat16, bounds={FLORA: 1.06}),
+    _conv(**_CONV[0][0], dtype=torch.bfloat16, bounds={FLORA: 1.40}),
+    _conv(**_CONV[1][0], dtype=torch.bfloat16, bounds={FLORA: 1.12}),
 ]

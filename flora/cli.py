@@ -1,6 +1,7 @@
-"""The command line: ``python -m flora {finetune,inspect,merge,info}``.
+"""The command line: ``python -m flora {finetune,inspect,merge,bench,info}``.
 
-It exits with 0 when all went well and with 2, after one sentence on stderr, for anything that its user can mend.
+It exits with 0 when all went well and with 2, after one sentence on stderr, for anything that its user can mend;
+``bench`` with 1 when the machine was too busy.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 import flora
 from flora import functional, reference
+from flora.bench import command
 from flora.config import DeltaConfig
 from flora.serialization import AdapterFile, read_adapter
 from flora.tables import aligned
@@ -37,17 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit status; argparse itself exits with 2 for a wrong option."""
     args = parser().parse_args(argv)
     try:
-        args.run(args)
+        status: int = args.run(args) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (UserError, OSError, FloatingPointError) as error:
         print(f"flora {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"flora {args.command}: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status
 
 
 def parser() -> argparse.ArgumentParser:
@@ -103,6 +106,15 @@ def parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors")
     merge.set_defaults(run=_merge)
+
+    bench = commands.add_parser(
+        "bench",
+        help="time one layer with flora's adapter and its peers on this machine",
+        description="Times forward and backward of a layer, frozen, fully trained, and with the adapters of every peer "
+        "that is installed (PEFT, LyCORIS, tltorch), in turns. Exits with 1 if the machine was too busy.",
+    )
+    command.add_options(bench)
+    bench.set_defaults(run=_bench)
 
     info = commands.add_parser("info", help="version, kernel level, threads, torch")
     info.set_defaults(run=_info)
@@ -261,6 +273,12 @@ def _base(name: str, adapter: AdapterFile) -> nn.Module:
         raise ValueError(f"--base {name!r}: its config.json names architectures={config.architectures!r}, unknown here")
     model: nn.Module = kind.from_pretrained(folder, local_files_only=True, dtype="auto")
     return model
+
+
+def _bench(args: argparse.Namespace) -> int:
+    with _user_errors():
+        layers = command.chosen(args)
+    return command.run(layers, args)
 
 
 def _info(args: argparse.Namespace) -> None:
