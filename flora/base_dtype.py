@@ -1,9 +1,8 @@
 """A frozen base kept in half precision: what of it is cast, what stays in float32, and where activations change dtype.
 
-Layers that multiply their input by a matrix, convolutions, tables and everything else with weights are cast, and cast
-their floating inputs. Normalisation and the like (vectors that scale and shift, running statistics, computed tables)
-stays as it is, computes in float32 and returns the dtype that it was given. Both by hooks; nothing here knows an
-adapter.
+Linear layers, convolutions, embeddings and everything else with weights are cast, and cast their floating inputs.
+Normalisation and the like (vectors that scale and shift, running statistics, computed tables) stays in float32 and
+returns the dtype that it was given. Both by hooks; nothing here knows an adapter.
 """
 
 from __future__ import annotations
@@ -23,8 +22,9 @@ from flora.kinds import is_adaptable, is_opaque
 BASE_DTYPES = (torch.bfloat16, torch.float16)
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
-_MIXED = (nn.LayerNorm.forward, nn.GroupNorm.forward, nn.BatchNorm2d.forward)
-"""Forwards that take half-precision activations beside float32 weights and compute in float32, on the CPU."""
+_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.Bilinear, nn.RNNBase, nn.PReLU)  # PReLU's two dtypes must be one
+_STRICT = (nn.LayerNorm.forward, nn.GroupNorm.forward, nn.BatchNorm2d.forward)
+"""Forwards that want activations in their weights' dtype, but on the CPU, where they are quicker with mixed ones."""
 _GIVEN = "_flora_given"
 
 
@@ -46,7 +46,7 @@ def stays(module: nn.Module) -> bool:
     """
     if isinstance(module, _NORMS) or is_opaque(module) or any(_is_special(p) for p in _parameters(module)):
         return True
-    if is_adaptable(module) or isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.Bilinear | nn.RNNBase):
+    if is_adaptable(module) or isinstance(module, _PRODUCTS):
         return False
     if any(True for inner in module.modules() if inner is not module for _ in _tensors(inner)):
         return False
@@ -203,10 +203,10 @@ class CastsModelInput:
 
 @dataclass(frozen=True)
 class WidensInput:
-    """A forward pre-hook of what stayed in float32: so does its computation."""
+    """A forward pre-hook of what stayed in float32 and cannot leave its inputs to type promotion."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if type(module).forward in _MIXED and len(args) == 1 and args[0].is_cpu:
+        if type(module).forward in _STRICT and all(t.is_cpu for t in (*args, *kwargs.values()) if isinstance(t, Tensor)):
             return None
         return widened(args), widened(kwargs)
 
@@ -233,8 +233,10 @@ def hold(model: nn.Module, modules: Iterable[tuple[nn.Module, nn.Module]], dtype
     for original, called in modules:
         own = [t.dtype for _, t in _tensors(original) if t.is_floating_point()]
         if stays(original):
-            if is_opaque(original) or any(d not in BASE_DTYPES for d in own):
-                _register(called, WidensInput())
+            opaque = is_opaque(original)
+            if opaque or any(d not in BASE_DTYPES for d in own):
+                if opaque or type(original).forward in (*_STRICT, nn.RMSNorm.forward):
+                    _register(called, WidensInput())
                 _register(called, ReturnsGiven(dtype))
         elif own and called is not model:
             _register(called, CastsInput(dtype))

@@ -156,10 +156,12 @@ def adapt(
     return model
 
 
-def add_adapter(model: _Model, config: Configs, name: str) -> _Model:
+def add_adapter(
+    model: _Model, config: Configs, name: str, *, base_dtype: torch.dtype | None = None
+) -> _Model:
     """`adapt` under another name, for a model that has adapters already."""
     state_of(model)
-    return adapt(model, config, name)
+    return adapt(model, config, name, base_dtype=base_dtype)
 
 
 def check_model(model: nn.Module) -> None:

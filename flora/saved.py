@@ -78,8 +78,7 @@ class SavedModule(nn.Module):
         module = self.current
         if self.base_dtype is None or module is self.base_layer:
             return module(*args, **kwargs)
-        args, kwargs = widened(args), widened(kwargs)
-        y = module(*args, **kwargs)
+        y = module(*widened(args), **widened(kwargs))
         return y if self.is_head else to_dtype(y, given((args, kwargs), self.base_dtype))
 
     def __getattr__(self, name: str) -> Any:
