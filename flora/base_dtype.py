@@ -53,17 +53,21 @@ def stays(module: nn.Module) -> bool:
     return all(_is_vector(p) for p in _parameters(module))
 
 
-def cast_tensors(module: nn.Module, whole: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """A module's own tensors that are cast, by name: none if it stays, unless ``whole``.
+def cast_tensors(
+    module: nn.Module, dtype: torch.dtype, whole: bool = False
+) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+    """A module's own tensors that are cast: names, tensors, and what to. ``whole`` casts what stays, too.
 
-    Vectors that are not in the state_dict are left alone, too: rotary frequencies, which half precision would ruin.
+    Vectors that are not in the state_dict are left alone: rotary frequencies, which half precision would ruin.
     """
-    if stays(module) if not whole else is_opaque(module) or any(_is_special(p) for p in _parameters(module)):
-        return
-    for key, tensor in _tensors(module):
+    special = is_opaque(module) or any(_is_special(p) for p in _parameters(module))
+    kept = stays(module) and not whole
+    for key, tensor in () if special else _tensors(module):
         computed = key in module._non_persistent_buffers_set
-        if tensor.is_floating_point() and not (computed and _is_vector(tensor)):
-            yield key, tensor
+        if kept and tensor.dtype == torch.float64:
+            yield key, tensor, torch.float32
+        elif tensor.is_floating_point() and not kept and not (computed and _is_vector(tensor)):
+            yield key, tensor, dtype
 
 
 def _is_vector(tensor: Tensor) -> bool:
@@ -92,12 +96,13 @@ def cast(modules: Iterable[nn.Module], dtype: torch.dtype, undo: ExitStack, whol
     The originals are freed as soon as ``undo`` lets go of them.
     """
     converted: dict[object, Tensor] = {}  # one copy for each storage, however many tensors share it
-    for module, key, tensor in [(m, key, t) for m in modules for key, t in cast_tensors(m, whole)]:
-        if tensor.dtype == dtype:
+    for module, key, tensor, to in [(m, *found) for m in modules for found in cast_tensors(m, dtype, whole)]:
+        if tensor.dtype == to:
             continue
-        where = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else id(tensor)
-        if tensor.is_meta or where not in converted:
-            converted[where] = narrowed(tensor.detach(), dtype)
+        real = tensor.numel() > 0 and not tensor.is_meta
+        where = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if real else id(tensor)
+        if where not in converted:
+            converted[where] = narrowed(tensor.detach(), to)
         if isinstance(tensor, nn.Parameter):
             undo.callback(_restore, tensor, tensor.data, tensor.grad)
             tensor.grad, tensor.data = None, converted[where]
@@ -206,7 +211,9 @@ class WidensInput:
     """A forward pre-hook of what stayed in float32 and cannot leave its inputs to type promotion."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if type(module).forward in _STRICT and all(t.is_cpu for t in (*args, *kwargs.values()) if isinstance(t, Tensor)):
+        if type(module).forward in _STRICT and all(
+            t.is_cpu for t in (*args, *kwargs.values()) if isinstance(t, Tensor)
+        ):
             return None
         return widened(args), widened(kwargs)
 

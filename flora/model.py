@@ -123,9 +123,7 @@ def _listed(names: Sequence[str]) -> str:
 # Adapting ----------------------------------------------------------------------------------------------------------
 
 
-def adapt(
-    model: _Model, config: Configs, name: str = "default", *, base_dtype: torch.dtype | None = None
-) -> _Model:
+def adapt(model: _Model, config: Configs, name: str = "default", *, base_dtype: torch.dtype | None = None) -> _Model:
     """Put an adapter on a model, in place, and freeze everything else.
 
     On a model that has adapters already, the new one is added; those that are active stay active and trainable, until
@@ -156,9 +154,7 @@ def adapt(
     return model
 
 
-def add_adapter(
-    model: _Model, config: Configs, name: str, *, base_dtype: torch.dtype | None = None
-) -> _Model:
+def add_adapter(model: _Model, config: Configs, name: str, *, base_dtype: torch.dtype | None = None) -> _Model:
     """`adapt` under another name, for a model that has adapters already."""
     state_of(model)
     return adapt(model, config, name, base_dtype=base_dtype)

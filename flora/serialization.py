@@ -202,8 +202,8 @@ def fingerprint(
     tensors = dict(base_tensors(model, leave_out))
     dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
     if base_dtype is not None:
-        cast = {id(t) for place in places(model) for _, t in half.cast_tensors(place.original)}
-        dtypes |= {key: base_dtype for key, tensor in tensors.items() if id(tensor) in cast}
+        cast = {id(t): to for place in places(model) for _, t, to in half.cast_tensors(place.original, base_dtype)}
+        dtypes |= {key: cast[id(tensor)] for key, tensor in tensors.items() if id(tensor) in cast}
     digests = None
     if hashes:
         with disabled(model) if adapted_layers(model) else nullcontext():
@@ -561,7 +561,9 @@ def _compare_bases(model: nn.Module, file: AdapterFile, base_dtype: torch.dtype 
     if differences:
         raise ValueError(f"the adapter is for another base ({there.model}): {_quoted(differences)}")
     # A base is the same one whether it is cast or not; where values are compared, it is in the adapter's dtypes.
-    dtypes = {dtype: fingerprint(model, saved, base_dtype=dtype).dtypes for dtype in (base_dtype, None, *half.BASE_DTYPES)}
+    dtypes = {
+        dtype: fingerprint(model, saved, base_dtype=dtype).dtypes for dtype in (base_dtype, None, *half.BASE_DTYPES)
+    }
     trained = next((dtype for dtype, names in dtypes.items() if names == there.dtypes), base_dtype)
     if there.hashes is not None:
         hashes, digests = there.hashes, fingerprint(model, saved, hashes=True, base_dtype=trained).hashes or {}
