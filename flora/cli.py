@@ -88,6 +88,9 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--train-size", type=_positive_int, metavar="N", help="images to train on: 1000 digits, 70%% of a folder"
     )
+    tune.add_argument(
+        "--base-dtype", choices=("bfloat16", "float16"), help="keep FLoRA's frozen network in half precision"
+    )
     tune.add_argument("--image-size", type=_positive_int, default=64, metavar="PIXELS", help="%(default)s")
     tune.add_argument("--compare", action="store_true", help="also PEFT's LoRA and full fine-tuning")
     tune.add_argument("--quiet", action="store_true", help="no progress, only the results")

@@ -8,7 +8,7 @@ hybrid
 merged
     as hybrid, but the weight gradient itself is formed and projected on core and factors.
 separate
-    y = op(x, W) + op(dropout(x), s·ΔW): what merged becomes when W' cannot be rounded or x is dropped.
+    y = op(x, W) + op(dropout(x), s·ΔW): what merged becomes when x is dropped.
 
 Where the C kernels cannot go (other devices, tensor subclasses, ``torch.func``, tracing, forward-mode AD) the same
 algebra runs in plain PyTorch operations from `flora.reference`. Source of the algebra: FLoRA, arXiv 2405.14739, and
@@ -221,6 +221,15 @@ def _dropped(x: Tensor, dropout: float) -> Tensor:
     return x * _kept(x, dropout, _seed()) if dropout > 0 else x
 
 
+def _with_effective(op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, tucker: Tucker) -> Tensor:
+    """op(x, W + s·ΔW, b); below float32 computed in float32, so that nothing is rounded but the result."""
+    if weight.dtype not in _BELOW_FLOAT32:
+        return op.base(x, reconstruct(weight, tucker), bias)
+    with _exact("cpu"):
+        effective = reconstruct(weight.float(), tucker)
+        return op.base(x.float(), effective, None if bias is None else bias.float()).to(x.dtype)
+
+
 class _Effective(torch.autograd.Function):
     """y = op(x, W + s·ΔW, b): plans hybrid and merged. W' is built for the moment, here and again in backward."""
 
@@ -238,7 +247,7 @@ class _Effective(torch.autograd.Function):
     ) -> Tensor:
         ctx.op, ctx.scale, ctx.hybrid = op, scale, hybrid
         ctx.save_for_backward(x, weight, bias, core, *factors)
-        return op.base(x, reconstruct(weight, Tucker(core, factors, scale)), bias)
+        return _with_effective(op, x, weight, bias, Tucker(core, factors, scale))
 
     @staticmethod
     @_exactly
@@ -334,14 +343,14 @@ _fused, _effective = _direct(_Fused), _direct(_Effective)
 def resolve_plan(op: Op, x: Tensor, weight: Tensor, tucker: Tucker, plan: str, dropout: float, grad: bool) -> str:
     """The plan that runs: ``plan`` itself, or for "auto" the cheapest by `flora.plan`, if dropout and dtype allow it.
 
-    hybrid and merged need W + s·ΔW in W's dtype without loss, and the same x for both: with dropout, or a base below
-    float32, hybrid becomes fused and merged becomes separate.
+    hybrid and merged need the same x for W and ΔW: with dropout hybrid becomes fused and merged becomes separate. Below
+    float32, where W + s·ΔW is multiplied in float32, hybrid becomes fused, too.
     """
     if plan == "auto":
         plan = op.plan(x, weight, tucker.core, grad)
-    if dropout > 0 or weight.dtype in _BELOW_FLOAT32 or x.dtype in _BELOW_FLOAT32:
-        return {"hybrid": "fused", "merged": "separate"}.get(plan, plan)
-    return plan
+    if plan == "hybrid" and (dropout > 0 or weight.dtype in _BELOW_FLOAT32):
+        return "fused"
+    return "separate" if plan == "merged" and dropout > 0 else plan
 
 
 def adapted(
@@ -398,7 +407,7 @@ def adapted(
         return out
     if plan == "fused":
         return op.update_(op.base(x, weight, bias), _dropped(x, dropout), tucker, want_h=False)[0]
-    return op.base(x, reconstruct(weight, tucker), bias)
+    return _with_effective(op, x, weight, bias, tucker)
 
 
 def update(op: Op, x: Tensor, tucker: Tucker, *, dropout: float = 0.0) -> Tensor:

@@ -142,7 +142,7 @@ def _is_transposed_linear(module: nn.Module) -> bool:
     return any(_is_conv1d_class(cls) for cls in type(module).__mro__)
 
 
-def _is_opaque_linear(module: nn.Module) -> bool:
+def is_opaque(module: nn.Module) -> bool:
     """A layer with the extents of a linear one whose weight is a method, packed in integers or quantised."""
     extents = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if not all(isinstance(extent, int) and extent > 0 for extent in extents):
@@ -162,7 +162,7 @@ def kind_of(module: nn.Module) -> Kind:
         raise TypeError(f"a {type(module).__name__} has no weight before its first forward")
     if isinstance(module, _ConvTransposeNd):
         raise TypeError(f"{type(module).__name__} is not supported: only convolutions that are not transposed are")
-    if _is_opaque_linear(module):
+    if is_opaque(module):
         return OPAQUE_LINEAR
     if isinstance(module, nn.MultiheadAttention):
         if module.in_proj_weight is None:
@@ -210,7 +210,7 @@ def is_adaptable(module: nn.Module) -> bool:
     Transposed convolutions and parametrised layers count, so that a report can say why they were left alone.
     """
     kinds = (nn.Linear, _ConvNd, nn.MultiheadAttention)
-    return isinstance(module, kinds) or _is_transposed_linear(module) or _is_opaque_linear(module)
+    return isinstance(module, kinds) or _is_transposed_linear(module) or is_opaque(module)
 
 
 def describe(module: nn.Module) -> str:

@@ -15,12 +15,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from flora import base_dtype as half
 from flora.config import DeltaConfig
 from flora.deltas import Delta
 from flora.kinds import is_adaptable
 from flora.layers import AdaptedLayer, check_adapter_name
 from flora.saved import SavedModule
-from flora.targets import Configs, Selection, distinct, places, select
+from flora.targets import Configs, Place, Selection, Target, distinct, inside, places, select
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -44,6 +45,8 @@ class State:
     active: tuple[str, ...] = ()
     requires_grad: dict[str, bool] = field(default_factory=dict)
     """Of every parameter of the unadapted model, by name."""
+    base_dtype: torch.dtype | None = None
+    """The dtype that the base was cast to; None for a base as it came."""
     watching: bool = False
     """Whether the next training step is still to show that it reaches every delta."""
 
@@ -120,7 +123,7 @@ def _listed(names: Sequence[str]) -> str:
 # Adapting ----------------------------------------------------------------------------------------------------------
 
 
-def adapt(model: _Model, config: Configs, name: str = "default") -> _Model:
+def adapt(model: _Model, config: Configs, name: str = "default", *, base_dtype: torch.dtype | None = None) -> _Model:
     """Put an adapter on a model, in place, and freeze everything else.
 
     On a model that has adapters already, the new one is added; those that are active stay active and trainable, until
@@ -132,24 +135,29 @@ def adapt(model: _Model, config: Configs, name: str = "default") -> _Model:
         config: one configuration, or a mapping of patterns to configurations: each layer takes the first whose pattern
             (a regex that must match its whole name, a dotted suffix, or "all") it matches.
         name: letters, digits, "-" and "_".
+        base_dtype: torch.bfloat16 or torch.float16 casts the frozen base, for good: its weights then take half the
+            memory. Normalisation stays in float32 and returns the dtype it was given; deltas and ``modules_to_save``
+            are float32; floating inputs are cast. Only for the first adapter; further ones share the base.
 
     Returns:
         The model itself.
 
     Raises:
-        TypeError, ValueError: anything wrong with the names, patterns, ranks or layers, by name. The model is then as
-            it was.
+        TypeError, ValueError: anything wrong with the names, patterns, ranks, layers or dtype, by name. The model is
+            then as it was.
         RuntimeError: the model is merged.
     """
     check_model(model)
-    install(model, name, config, select(model, config))
+    if base_dtype is not None:
+        half.check_base_dtype(base_dtype)
+    install(model, name, config, select(model, config), base_dtype=base_dtype)
     return model
 
 
-def add_adapter(model: _Model, config: Configs, name: str) -> _Model:
+def add_adapter(model: _Model, config: Configs, name: str, *, base_dtype: torch.dtype | None = None) -> _Model:
     """`adapt` under another name, for a model that has adapters already."""
     state_of(model)
-    return adapt(model, config, name)
+    return adapt(model, config, name, base_dtype=base_dtype)
 
 
 def check_model(model: nn.Module) -> None:
@@ -170,17 +178,20 @@ def install(
     *,
     trainable: bool = True,
     fill: Callable[[Mapping[str, Delta], Mapping[str, nn.Module]], None] | None = None,
+    base_dtype: torch.dtype | None = None,
 ) -> None:
     """Put an adapter on the modules of a selection.
 
     Args:
         config: what the model remembers of it; each layer of the selection has its own.
         trainable: False freezes the adapter as well.
+        base_dtype: as of `adapt`, checked.
         fill: is given the deltas and the copies of ``modules_to_save`` by name before the model is changed, to load
             their values; may raise.
 
     Raises:
-        ValueError: a name that is taken; with ``fill``, a delta that is to learn and never can.
+        ValueError: a name that is taken; a ``base_dtype`` for a base that other adapters use in another; with
+            ``fill``, a delta that is to learn and never can.
         RuntimeError: the model is merged.
     """
     check_adapter_name(name)
@@ -189,12 +200,29 @@ def install(
         raise ValueError(f"there is already an adapter {name!r}; there are {', '.join(map(repr, state.adapters))}")
     _check_unmerged(model)
     first = not state.adapters
+    if not first and base_dtype not in (None, state.base_dtype):
+        kept = "the dtypes that it came in" if state.base_dtype is None else str(state.base_dtype)
+        raise ValueError(
+            f"base_dtype={base_dtype}: the base is kept in {kept} for {', '.join(map(repr, state.adapters))}"
+        )
+    dtype = base_dtype or state.base_dtype
     with ExitStack() as undo:
         undo.callback(_set_flags, [(p, p.requires_grad) for p in model.parameters()])
         flags = {} if not first else {key: p.requires_grad for key, p in base_parameters(model)}
         layers = {target.name: target.module for target in selection.layers}
         saved = {target.name: target.module for target in selection.saved}
         deltas, copies = {}, {}
+        for target in selection.saved:  # before the base is cast: the copies are exact
+            if not isinstance(target.module, SavedModule):
+                is_head = _is_head(model, target, selection.saved)
+                saved[target.name] = SavedModule(target.original, name=target.name, base_dtype=dtype, is_head=is_head)
+            module = cast(SavedModule, saved[target.name])
+            copies[target.name] = module.add_copy(name, trainable=trainable and first)
+            release(copies[target.name])
+            if module is target.module:
+                undo.callback(module.copies.__delitem__, name)
+        if first and dtype is not None:
+            half.cast((target.original for target in distinct(places(model))), dtype, undo)
         for target in selection.layers:
             if not isinstance(target.module, AdaptedLayer):
                 layers[target.name] = AdaptedLayer(target.original, name=target.name)
@@ -203,14 +231,6 @@ def install(
             deltas[target.name] = layer.add_delta(name, target.config, trainable=trainable)
             if layer is target.module:
                 undo.callback(layer.delete_delta, name)
-        for target in selection.saved:
-            if not isinstance(target.module, SavedModule):
-                saved[target.name] = SavedModule(target.original, name=target.name)
-            module = cast(SavedModule, saved[target.name])
-            copies[target.name] = module.add_copy(name, trainable=trainable and first)
-            release(copies[target.name])
-            if module is target.module:
-                undo.callback(module.copies.__delitem__, name)
         if fill is not None:
             fill(deltas, copies)
         if fill is not None and trainable:
@@ -230,7 +250,7 @@ def install(
             selection.left_alone,
         )
         if first:
-            state = State({name: adapter}, (name,), flags)
+            state = State({name: adapter}, (name,), flags, dtype)
             for _, parameter in base_parameters(model):
                 parameter.requires_grad_(False)
         else:
@@ -239,6 +259,15 @@ def install(
     _set_state(model, state)
     _activate(model, state.active)
     _hold_base(model)
+
+
+def _is_head(model: nn.Module, target: Target, saved: Sequence[Target]) -> bool:
+    """Whether nothing with parameters is registered after a module but others that are trained whole."""
+    whole = {place.name for other in saved for place in other.places}
+    rest = reversed([place for place in places(model) if any(True for _ in place.original.parameters(recurse=False))])
+    names = [place.name for place in target.places]
+    last = next((place.name for place in rest if inside(place.name, names) or not inside(place.name, whole)), None)
+    return last is not None and inside(last, names)
 
 
 def _check_learning(deltas: Mapping[str, Delta]) -> None:
@@ -328,7 +357,11 @@ def _learns(layer: AdaptedLayer) -> bool:
 
 
 def _hold_base(model: nn.Module) -> None:
-    """Hold the running statistics of the base, and watch whether a training step reaches the deltas."""
+    """Hold the base's running statistics and its dtype, and watch whether a training step reaches the deltas."""
+    state = _own_state(model)
+    if state is not None and state.base_dtype is not None:
+        modules = [(place.original, _called(place)) for place in places(model)]
+        half.hold(model, modules, state.base_dtype)
     for place in places(model):
         module = place.original
         if isinstance(module, _NormBase) and hold_eval not in module._forward_pre_hooks.values():
@@ -338,11 +371,21 @@ def _hold_base(model: nn.Module) -> None:
         model.register_forward_hook(warn_unreached)
 
 
+def _called(place: Place) -> nn.Module:
+    """The module that is called for the one of the unadapted model: a layer's own hooks would cost it its fast path."""
+    return place.module if isinstance(place.module, AdaptedLayer) else place.original
+
+
 def release(root: nn.Module) -> None:
     """Take the hooks of `_hold_base` off every module under a root; what was held follows the root's mode again."""
+    ours = (hold_eval, forget_reached, warn_unreached)
     for module in root.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook in (hold_eval, forget_reached, warn_unreached)]:
+        for hooks, with_kwargs in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            for key in [k for k, hook in hooks.items() if hook in ours or isinstance(hook, half.HOOKS)]:
+                with_kwargs.pop(key, None)
                 if hooks.pop(key) is hold_eval:
                     module.training = root.training
 
@@ -420,6 +463,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             if not left:
                 place.put(standing.base_layer)
     _activate(model, state.active)
+    _hold_base(model)
 
 
 # Merging -----------------------------------------------------------------------------------------------------------
@@ -480,7 +524,8 @@ def unload(model: nn.Module, merge: bool = True) -> nn.Module:
             ``modules_to_save``; False restores the original modules.
 
     Returns:
-        The plain model: the same object, unless it is itself an adapted layer.
+        The plain model: the same object, unless it is itself an adapted layer. With a ``base_dtype`` all of it is in
+        that dtype, as after ``model.to(base_dtype)``, but for vectors of numbers that no state_dict has.
 
     Raises:
         RuntimeError: a layer that cannot be merged, by name; no adapters. The model is then as it was.
@@ -505,6 +550,10 @@ def unload(model: nn.Module, merge: bool = True) -> nn.Module:
                 place.put(plain[id(standing)])
     release(result)
     _set_state(model, None)
+    if state.base_dtype is not None:
+        with ExitStack() as undo:
+            half.cast(result.modules(), state.base_dtype, undo, whole=True)
+            undo.pop_all()
     for key, parameter in base_parameters(result):
         if key in state.requires_grad:
             parameter.requires_grad_(state.requires_grad[key])

@@ -45,7 +45,8 @@ class LinearOp:
         self, dy: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of (x, weight, bias), each None unless ``needs`` it."""
-        dx = dy @ weight if needs[0] else None
+        # A matmul of a strided batch may copy the weight for every image in it.
+        dx = (dy if dy.ndim == 2 else dy.contiguous()) @ weight if needs[0] else None
         if not (needs[1] or needs[2]):
             return dx, None, None
         rows = dy.reshape(-1, dy.shape[-1])

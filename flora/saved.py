@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import nn
+
+from flora.base_dtype import given, to_dtype, widened
 
 
 class SavedModule(nn.Module):
@@ -25,15 +28,28 @@ class SavedModule(nn.Module):
         False runs the original, whatever is active.
     name
         the module's dotted name, for messages.
+    base_dtype
+        the dtype that the frozen model is kept in: copies are in float32 all the same and cast their inputs. None
+        if they are as the original.
+    is_head
+        whether a copy's output stays in float32, as the model's last; any other comes in the dtype that was given.
     """
 
-    def __init__(self, base_layer: nn.Module, *, name: str = "") -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        *,
+        name: str = "",
+        base_dtype: torch.dtype | None = None,
+        is_head: bool = False,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer.requires_grad_(False)
         self.copies = nn.ModuleDict()
         self.active: str | None = None
         self.enabled = True
         self.name = name
+        self.base_dtype, self.is_head = base_dtype, is_head
         self.training = base_layer.training
 
     @property
@@ -48,6 +64,8 @@ class SavedModule(nn.Module):
         if adapter in self.copies:
             raise ValueError(f"{self.name}: already has a copy for the adapter {adapter!r}")
         self.copies[adapter] = copy.deepcopy(self.base_layer)
+        if self.base_dtype is not None:
+            self.copies[adapter].float()
         self.set_trainable(adapter, trainable)
         return self.copies[adapter]
 
@@ -57,7 +75,11 @@ class SavedModule(nn.Module):
             parameter.requires_grad_(trainable and (parameter.is_floating_point() or parameter.is_complex()))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.current(*args, **kwargs)
+        module = self.current
+        if self.base_dtype is None or module is self.base_layer:
+            return module(*args, **kwargs)
+        y = module(*widened(args), **widened(kwargs))
+        return y if self.is_head else to_dtype(y, given((args, kwargs), self.base_dtype))
 
     def __getattr__(self, name: str) -> Any:
         try:

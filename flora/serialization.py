@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from flora import authors
+from flora import base_dtype as half
 from flora.config import DeltaConfig, TuckerConfig
 from flora.deltas import Delta
 from flora.folders import inner_file, recover, replace_folder
@@ -187,17 +188,33 @@ def check_replaceable(folder: Path) -> None:
             raise FileExistsError(f"only an adapter folder is replaced: {error}") from error
 
 
-def fingerprint(model: nn.Module, leave_out: Sequence[str] = (), *, hashes: bool = False) -> Fingerprint:
-    """The fingerprint of a model as it was before any adapter, without the modules of these names."""
+def fingerprint(
+    model: nn.Module,
+    leave_out: Sequence[str] = (),
+    *,
+    hashes: bool = False,
+    base_dtype: torch.dtype | None = None,
+) -> Fingerprint:
+    """The fingerprint of a model as it was before any adapter, without the modules of these names.
+
+    With ``base_dtype`` it is that of the model after it was cast, which it is not.
+    """
     tensors = dict(base_tensors(model, leave_out))
+    dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
+    if base_dtype is not None:
+        cast = {id(t): to for place in places(model) for _, t, to in half.cast_tensors(place.original, base_dtype)}
+        dtypes |= {key: cast[id(tensor)] for key, tensor in tensors.items() if id(tensor) in cast}
     digests = None
     if hashes:
         with disabled(model) if adapted_layers(model) else nullcontext():
-            digests = {key: _digest(key, tensor) for key, tensor in base_tensors(model, leave_out)}
+            digests = {
+                key: _digest(key, half.narrowed(tensor, dtypes[key]) if tensor.dtype != dtypes[key] else tensor)
+                for key, tensor in base_tensors(model, leave_out)
+            }
     return Fingerprint(
         type(model).__name__,
         {key: tuple(tensor.shape) for key, tensor in tensors.items()},
-        {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in tensors.items()},
+        {key: str(dtype).removeprefix("torch.") for key, dtype in dtypes.items()},
         digests,
     )
 
@@ -417,6 +434,8 @@ def load_adapter(
     name: str = "default",
     trainable: bool = True,
     config: TuckerConfig | None = None,
+    *,
+    base_dtype: torch.dtype | None = None,
 ) -> _Model:
     """Put a saved adapter on a model, in place; outputs are then those of the model it was saved from, bit for bit.
 
@@ -429,6 +448,8 @@ def load_adapter(
         trainable: False freezes everything and sets the model to evaluation mode.
         config: only for a file of the authors, and needed there, since it holds no scale: `TuckerConfig(scale=…)`.
             The ranks are the file's.
+        base_dtype: as of `flora.adapt`; what the adapter was trained with has to be given again, since a file does not
+            change a base by itself.
 
     Returns:
         The model itself.
@@ -444,32 +465,36 @@ def load_adapter(
     """
     check_model(model)
     check_adapter_name(name)
+    if base_dtype is not None:
+        half.check_base_dtype(base_dtype)
     location = Path(path)
     own_file = location.name in (CONFIG_FILE, TENSORS_FILE) and (location.parent / CONFIG_FILE).is_file()
     if location.is_file() and not own_file:
-        _load_authors(model, location, name, trainable, config)
+        _load_authors(model, location, name, trainable, config, base_dtype)
     elif config is not None:
         raise ValueError(f"config={config!r} is for a file of FLoRA's authors; {location} has its own")
     else:
-        _load_folder(model, read_adapter(location, name), name, trainable)
+        _load_folder(model, read_adapter(location, name), name, trainable, base_dtype)
     if not trainable:
         model.eval()
     return model
 
 
-def _load_folder(model: nn.Module, file: AdapterFile, name: str, trainable: bool) -> None:
+def _load_folder(
+    model: nn.Module, file: AdapterFile, name: str, trainable: bool, base_dtype: torch.dtype | None
+) -> None:
     where = file.path / CONFIG_FILE
     own = file.config if isinstance(file.config, Mapping) else {"": file.config}
     try:
         layers = {key: (_exact(own[entry.pattern], key, entry), entry.pattern) for key, entry in file.layers.items()}
-        differing = _compare_bases(model, file)
+        differing = _compare_bases(model, file, base_dtype)
         selection = select_named(model, layers, file.saved)
         for target in selection.layers:
             shape, entry = tuple(kind_of(target.original).shape(target.original)), file.layers[target.name]
             if shape != entry.shape:
                 raise ValueError(f"{target.name}: its weight is {shape}, the adapter is for {entry.shape}")
         fill = filler(file.tensors, {key: entry.scale for key, entry in file.layers.items()})
-        install(model, name, file.config, selection, trainable=trainable, fill=fill)
+        install(model, name, file.config, selection, trainable=trainable, fill=fill, base_dtype=base_dtype)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     if differing:
@@ -517,15 +542,15 @@ def filler(
     return fill
 
 
-def _compare_bases(model: nn.Module, file: AdapterFile) -> str:
+def _compare_bases(model: nn.Module, file: AdapterFile, base_dtype: torch.dtype | None) -> str:
     """Raises ValueError if the bases differ in names, shapes or, where the file has them, hashes.
 
     Returns:
         Differences of dtypes, to be reported; "" if there are none.
     """
     there, known = file.base, {place.name for place in places(model)}
-    saved = {name: model for name in file.saved if name in known}
-    here = fingerprint(model, _every_name(model, saved), hashes=there.hashes is not None)
+    saved = _every_name(model, {name: model for name in file.saved if name in known})
+    here = fingerprint(model, saved, base_dtype=base_dtype)
     differences = [f"{key!r} is missing in this model" for key in there.shapes if key not in here.shapes]
     differences += [f"{key!r} is only in this model" for key in here.shapes if key not in there.shapes]
     differences += [
@@ -533,18 +558,25 @@ def _compare_bases(model: nn.Module, file: AdapterFile) -> str:
         for key, shape in here.shapes.items()
         if key in there.shapes and shape != there.shapes[key]
     ]
-    if not differences and here.hashes is not None and there.hashes is not None:
-        hashes = there.hashes
-        differences = [f"{key!r} has other values" for key, digest in here.hashes.items() if digest != hashes[key]]
     if differences:
         raise ValueError(f"the adapter is for another base ({there.model}): {_quoted(differences)}")
-    return _quoted(
-        [
-            f"{key!r} is {dtype} in this model, {there.dtypes[key]} in the adapter's"
-            for key, dtype in here.dtypes.items()
-            if dtype != there.dtypes[key]
-        ]
-    )
+    # A base is the same one whether it is cast or not; where values are compared, it is in the adapter's dtypes.
+    dtypes = {
+        dtype: fingerprint(model, saved, base_dtype=dtype).dtypes for dtype in (base_dtype, None, *half.BASE_DTYPES)
+    }
+    trained = next((dtype for dtype, names in dtypes.items() if names == there.dtypes), base_dtype)
+    if there.hashes is not None:
+        hashes, digests = there.hashes, fingerprint(model, saved, hashes=True, base_dtype=trained).hashes or {}
+        differences = [f"{key!r} has other values" for key, digest in digests.items() if digest != hashes[key]]
+    if differences:
+        raise ValueError(f"the adapter is for another base ({there.model}): {_quoted(differences)}")
+    differences = [
+        f"{key!r} is {dtype} in this model, {there.dtypes[key]} in the adapter's"
+        for key, dtype in here.dtypes.items()
+        if dtype != there.dtypes[key]
+    ]
+    advice = f"; it was trained with base_dtype={trained}" if differences and trained not in (None, base_dtype) else ""
+    return _quoted(differences) + advice
 
 
 def _quoted(differences: Sequence[str]) -> str:
@@ -552,7 +584,14 @@ def _quoted(differences: Sequence[str]) -> str:
     return "; ".join(differences[:_DIFFERENCES]) + (f"; and {rest} more" if rest > 0 else "")
 
 
-def _load_authors(model: nn.Module, path: Path, name: str, trainable: bool, config: TuckerConfig | None) -> None:
+def _load_authors(
+    model: nn.Module,
+    path: Path,
+    name: str,
+    trainable: bool,
+    config: TuckerConfig | None,
+    base_dtype: torch.dtype | None,
+) -> None:
     tensors = parse_safetensors(path, path.read_bytes()) if path.suffix == ".safetensors" else authors.read_torch(path)
     if not isinstance(config, TuckerConfig) or (config.scale is None and not config.scale_pattern):
         given = f"scale={config.scale}" if isinstance(config, TuckerConfig) else repr(config)
@@ -565,6 +604,7 @@ def _load_authors(model: nn.Module, path: Path, name: str, trainable: bool, conf
         selection = select_named(model, layers, found.saved)
         scales = {where: own.resolved_scale for where, own in found.configs.items()}
         kept = replace(config, target_modules=tuple(layers), exclude_modules=None)
-        install(model, name, kept, selection, trainable=trainable, fill=filler(found.tensors, scales))
+        fill = filler(found.tensors, scales)
+        install(model, name, kept, selection, trainable=trainable, fill=fill, base_dtype=base_dtype)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import gc
+import json
 import re
 import sys
 import weakref
@@ -354,6 +355,15 @@ def test_the_demo_saves_loads_and_merges_with_the_same_predictions(
     assert float(proof[0][2]) == 0.0
     assert float(proof[1][2]) < 1e-3
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_the_demo_on_a_base_in_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small_job(tmp_path, base_dtype="bfloat16").run()
+    out = capsys.readouterr().out
+    assert "trained and loaded: 30 of 30 predictions equal, largest logit difference 0.0e+00" in out
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    dtypes = {key: tensor["dtype"] for key, tensor in config["base"]["tensors"].items()}
+    assert dtypes["_conv_stem.weight"] == "bfloat16" and dtypes["_bn0.weight"] == "float32"
 
 
 def test_the_demo_on_a_folder_of_images_quietly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,5 +42,5 @@ def test_a_plan_that_is_asked_for_is_taken(plan):
     op = flora.kinds.kind_of(base).op(base)
     delta = layer.deltas["default"]
     assert delta.plan(op, torch.ones(3, 8), base.weight) == plan
-    half = {"fused": "fused", "hybrid": "fused", "merged": "separate"}[plan]
+    half = {"fused": "fused", "hybrid": "fused", "merged": "merged"}[plan]
     assert delta.plan(op, torch.ones(3, 8).bfloat16(), base.weight.bfloat16()) == half

@@ -37,6 +37,7 @@ class Settings:
     seed: int = 0
     train_size: int | None = None
     image_size: int = 64
+    base_dtype: str | None = None
     compare: bool = False
     quiet: bool = False
 
@@ -85,7 +86,12 @@ class Job:
     def _prepared(self, method: Method) -> tuple[nn.Module, tuple[str, ...]]:
         torch.manual_seed(self.settings.seed)  # the same new classifier for every method
         model = network.pretrained(len(self.data.classes), self.settings.image_size)
-        return method.prepare(model, Ranks(self.settings.rank, self.settings.kernel_rank, self.settings.scale))
+        settings = self.settings
+        return method.prepare(model, Ranks(settings.rank, settings.kernel_rank, settings.scale, self._base_dtype))
+
+    @property
+    def _base_dtype(self) -> torch.dtype | None:
+        return None if self.settings.base_dtype is None else getattr(torch, self.settings.base_dtype)
 
     def _trained(self, method: Method, model: nn.Module) -> Result:
         settings = self.settings
@@ -113,7 +119,8 @@ class Job:
         torch.manual_seed(self.settings.seed + 1)  # another random classifier, to be replaced by the saved one
         fresh = network.pretrained(len(self.data.classes), self.settings.image_size)
         trained = predict(adapted, self.data.test)
-        loaded = predict(flora.load_adapter(fresh, self.settings.output, trainable=False), self.data.test)
+        flora.load_adapter(fresh, self.settings.output, trainable=False, base_dtype=self._base_dtype)
+        loaded = predict(fresh, self.data.test)
         merged = predict(flora.unload(fresh, merge=True), self.data.test)
         return "\n".join(compared(name, trained, other) for name, other in (("loaded", loaded), ("merged", merged)))
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import nn
 
 import flora
@@ -17,11 +18,15 @@ from flora.finetune.network import HEAD
 
 @dataclass(frozen=True)
 class Ranks:
-    """The size of the deltas: ``rank`` for channels, ``kernel_rank`` for kernel modes, ``scale`` times the update."""
+    """The size of the deltas: ``rank`` for channels, ``kernel_rank`` for kernel modes, ``scale`` times the update.
+
+    ``base_dtype`` is the dtype that FLoRA keeps the frozen network in.
+    """
 
     rank: int
     kernel_rank: int
     scale: float
+    base_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ def flora_tucker(model: nn.Module, ranks: Ranks) -> tuple[nn.Module, tuple[str, 
     config = flora.TuckerConfig(
         rank=ranks.rank, kernel_rank=ranks.kernel_rank, scale=ranks.scale, modules_to_save=[HEAD]
     )
-    return flora.adapt(model, config), ()
+    return flora.adapt(model, config, base_dtype=ranks.base_dtype), ()
 
 
 def peft_lora(model: nn.Module, ranks: Ranks) -> tuple[nn.Module, tuple[str, ...]]:

@@ -83,11 +83,12 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels: 
 
 
 def predict(model: nn.Module, images: Images) -> Tensor:
-    """The logits (n, classes) in eval mode; leaves the model in eval mode."""
+    """The logits (n, classes) in eval mode, of images in the model's dtype; leaves the model in eval mode."""
     model.eval()
+    dtype = next(model.parameters()).dtype
     with torch.no_grad():
         batches = range(0, len(images), EVALUATION_BATCH)
-        return torch.cat([model(images.batch(slice(i, i + EVALUATION_BATCH))[0]) for i in batches])
+        return torch.cat([model(images.batch(slice(i, i + EVALUATION_BATCH))[0].to(dtype)) for i in batches])
 
 
 def accuracy(logits: Tensor, images: Images) -> float:
