@@ -479,7 +479,13 @@ BAD = [
     ("tucker_conv_forward", "scale", lambda a: "1", TypeError, "scale must be a float, not '1'"),
     ("tucker_conv_forward", "y", lambda a: a["y"][:, :, 1:], ValueError, "y must have shape"),
     ("tucker_conv_forward", "factors", lambda a: a["factors"][:3], ValueError, "factors has 3 entries, the weight 4"),
-    ("tucker_conv_forward", "factors", lambda a: [None, *a["factors"][1:]], TypeError, r"factors\[0\] must be an array"),
+    (
+        "tucker_conv_forward",
+        "factors",
+        lambda a: [None, *a["factors"][1:]],
+        TypeError,
+        r"factors\[0\] must be an array",
+    ),
     ("tucker_conv_forward", "factors", lambda a: [*a["factors"][:3], a["factors"][3][0]], ValueError, "2 dimensions"),
     (
         "tucker_conv_forward",
