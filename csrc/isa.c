@@ -26,6 +26,10 @@ static int has_v4(void) {
            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl");
 }
+
+static int has_bf16(void) {
+    return has_v4() && __builtin_cpu_supports("avx512bf16");
+}
 #endif
 
 static int always(void) {
@@ -36,19 +40,21 @@ static int always(void) {
 static const struct {
     const char *name;
     const flora_kernels *kernels;
+    const flora_dots *dots; /* of bfloat16; NULL: none */
     int (*supported)(void);
 } LEVELS[] = {
-    {"portable", flora_kernels_portable, always},
+    {"portable", flora_kernels_portable, NULL, always},
 #if defined(__x86_64__)
-    {"v3", flora_kernels_v3, has_v3},
-    {"v4", flora_kernels_v4, has_v4},
+    {"v3", flora_kernels_v3, NULL, has_v3},
+    {"v4", flora_kernels_v4, NULL, has_v4},
+    {"v4-bf16", flora_kernels_v4, &flora_dots_bf16, has_bf16},
 #endif
 };
 
 enum { LEVEL_COUNT = sizeof LEVELS / sizeof *LEVELS };
 
 /* Names of levels of other architectures are no mistake: one FLORA_ISA may serve several machines. */
-static const char *const ORDER[] = {"portable", "v3", "v4"};
+static const char *const ORDER[] = {"portable", "v3", "v4", "v4-bf16"};
 
 static atomic_int current; /* an index of LEVELS */
 
@@ -104,4 +110,8 @@ int flora_isa_set(const char *name) {
 
 const flora_kernels *flora_isa_kernels(flora_dtype dtype) {
     return &LEVELS[atomic_load(&current)].kernels[dtype];
+}
+
+const flora_dots *flora_isa_dots(flora_dtype dtype) {
+    return dtype == FLORA_BF16 ? LEVELS[atomic_load(&current)].dots : NULL;
 }

@@ -18,6 +18,7 @@
  */
 #include "tucker_layer.h"
 #include "parallel.h"
+#include "tucker_dots.h"
 
 #include <string.h>
 
@@ -33,9 +34,10 @@ enum {
 typedef struct {
     const flora_layer *layer;
     const flora_kernels *kernels;
+    const flora_dots *dots; /* NULL: activations are widened for products of reals */
     flora_scratch scratch;
     int64_t tile, in_tile, out_tile; /* pixels: the most of any tile, and of one of input or output pixels */
-    int64_t in_w, out_w, y_w, dx_w;
+    int64_t lanes, in_w, out_w, y_w, dx_w;
 
     /* packed factors */
     size_t u_in;      /* (c_in, in_w) */
@@ -69,7 +71,8 @@ typedef struct {
     int64_t room_size, sums_size;                                 /* bytes */
     size_t h_tile, k_tile, dk_tile, dh_tile, turned, block, span; /* within a room */
     size_t line_taps_dk, line_taps_core, runs_h, runs_dk;
-    size_t d_u_in, d_core, d_u_out; /* within the sums: (c_in, in_w), (taps, r_in, out_w), (groups · c_out, out_w) */
+    /* within the sums: (c_in, in_w), (taps, r_in, out_w), (groups · c_out, out_w), or as turned_sums says */
+    size_t d_u_in, d_core, d_u_out;
 } plan;
 
 static void *at(const plan *p, size_t offset) {
@@ -159,13 +162,41 @@ static const void *block_of(const plan *p, const flora_field *field, const tile 
     return room;
 }
 
+static flora_dot_tile dot_tile(const plan *p, const flora_field *field, const tile *t, int64_t channels, void *room) {
+    return (flora_dot_tile){.kernels = p->kernels,
+                            .dots = p->dots,
+                            .field = field,
+                            .image = t->image,
+                            .channel = t->group * channels,
+                            .first = t->first,
+                            .pixels = t->pixels,
+                            .tile = p->tile,
+                            .width = flora_max(p->in_w, p->out_w),
+                            .room = room};
+}
+
+/* Whether the sums (channels, width) of a gradient over a field's pixels are kept as (rank, channels) instead. */
+static int turned_sums(const plan *p, const flora_field *field) {
+    return p->dots != NULL && flora_dots_by_rows(field);
+}
+
+/* The width of those sums, of `channels` channels in all. */
+static int64_t sums_w(const plan *p, const flora_field *field, int64_t channels, int64_t width) {
+    return turned_sums(p, field) ? flora_round_up(channels, p->lanes) : width;
+}
+
 /* One pass over a tile (pixels, channels) of x or dy:
- *     product (pixels, product_w) = tile · matrix (channels, product_w)     if product is not NULL
- *     sums (channels, with_w) += tileᵀ · with (pixels, with_w)              if sums is not NULL */
-static void sweep(const plan *p, const flora_field *field, const tile *t, int64_t channels, void *room, void *product,
-                  const void *matrix, int64_t product_w, void *sums, const void *with, int64_t with_w) {
+ *     product (pixels, width) = tile · matrix (channels, rank)     if product is not NULL
+ *     sums (channels, rank) += tileᵀ · with (pixels, width)        if sums is not NULL */
+static void sweep(const plan *p, const flora_field *field, const tile *t, int64_t channels, int64_t rank, void *room,
+                  void *product, const void *matrix, int64_t width, void *sums, int64_t sum_w, const void *with) {
+    if (p->dots != NULL) {
+        const flora_dot_tile dots = dot_tile(p, field, t, channels, room);
+        flora_dots_sweep(&dots, channels, rank, product, matrix, width, sums, sum_w, with);
+        return;
+    }
     if (channels == 0 && product != NULL)
-        memset(product, 0, (size_t)(t->pixels * product_w) * p->kernels->real_size);
+        memset(product, 0, (size_t)(t->pixels * width) * p->kernels->real_size);
     for (int64_t c = 0; c < channels; c += BLOCK) {
         const int64_t count = flora_min(BLOCK, channels - c);
         int64_t a_pixel, a_channel;
@@ -175,29 +206,29 @@ static void sweep(const plan *p, const flora_field *field, const tile *t, int64_
                                                    : reals(p, a, t->pixels * a_pixel - c * a_channel);
         if (product != NULL)
             multiply(p, (flora_gemm){.m = t->pixels,
-                                     .n = product_w,
+                                     .n = width,
                                      .k = count,
                                      .a = a,
                                      .a_m = a_pixel,
                                      .a_k = a_channel,
-                                     .b = reals(p, matrix, c * product_w),
-                                     .b_k = product_w,
+                                     .b = reals(p, matrix, c * width),
+                                     .b_k = width,
                                      .c_in = c ? product : NULL,
                                      .c = product,
-                                     .c_m = product_w,
+                                     .c_m = width,
                                      .ahead = ahead});
         if (sums != NULL)
             multiply(p, (flora_gemm){.m = count,
-                                     .n = with_w,
+                                     .n = width,
                                      .k = t->pixels,
                                      .a = a,
                                      .a_m = a_channel,
                                      .a_k = a_pixel,
                                      .b = with,
-                                     .b_k = with_w,
-                                     .c_in = reals(p, sums, c * with_w),
-                                     .c = reals(p, sums, c * with_w),
-                                     .c_m = with_w,
+                                     .b_k = width,
+                                     .c_in = reals(p, sums, c * sum_w),
+                                     .c = reals(p, sums, c * sum_w),
+                                     .c_m = sum_w,
                                      .ahead = product == NULL ? ahead : NULL});
     }
 }
@@ -205,12 +236,17 @@ static void sweep(const plan *p, const flora_field *field, const tile *t, int64_
 /* y (pixels, channels) += k (pixels, rank) · Uᵀ, y a tile of an output field in either layout.
  * u: (rank, channels, padded) of the group if channels are the vector; (channels, rank) if pixels are. */
 static void expand(const plan *p, const flora_field *field, const tile *t, int64_t channels, const void *k, int64_t k_w,
-                   int64_t rank, const void *u, int64_t u_w, void *turned) {
+                   int64_t rank, const void *u, int64_t u_w, void *room) {
     const int64_t width = p->tile;
     if (rank == 0 || channels == 0)
         return;
+    if (p->dots != NULL) {
+        const flora_dot_tile dots = dot_tile(p, field, t, channels, room);
+        flora_dots_expand(&dots, channels, rank, k, k_w, u, u_w);
+        return;
+    }
     if (field->planes)
-        p->kernels->transpose(turned, width, k, k_w, t->pixels, rank);
+        p->kernels->transpose(room, width, k, k_w, t->pixels, rank);
     for (int64_t done = 0, run; done < t->pixels; done += run) {
         const int64_t offset = flora_pixel_at(&field->pixels, t->first + done, &run);
         run = flora_min(run, t->pixels - done);
@@ -219,7 +255,7 @@ static void expand(const plan *p, const flora_field *field, const tile *t, int64
         if (field->planes) {
             g.m = channels, g.n = run;
             g.a = u, g.a_m = rank, g.a_k = 1;
-            g.b = reals(p, turned, done), g.b_k = width;
+            g.b = reals(p, room, done), g.b_k = width;
             g.c_m = field->channel;
         } else {
             g.m = run, g.n = channels;
@@ -569,7 +605,7 @@ static int64_t whole_lines(int64_t most, int64_t line) {
 }
 
 static void project_x(const plan *p, const tile *t, void *room, void *h_tile) {
-    sweep(p, &p->layer->x, t, p->layer->c_in, room, h_tile, at(p, p->u_in), p->in_w, NULL, NULL, 0);
+    sweep(p, &p->layer->x, t, p->layer->c_in, p->layer->r_in, room, h_tile, at(p, p->u_in), p->in_w, NULL, 0, NULL);
 }
 
 static void pad_chunk(int chunk, void *plan_) {
@@ -646,8 +682,8 @@ static void forward_chunk(int chunk, void *plan_) {
 static void finish_tile(const plan *p, int chunk, const tile *t, const void *dh_tile) {
     const flora_layer *layer = p->layer;
     if (layer->d_u_in != NULL)
-        sweep(p, &layer->x, t, layer->c_in, in_room(p, chunk, p->block), NULL, NULL, 0, in_sums(p, chunk, p->d_u_in),
-              dh_tile, p->in_w);
+        sweep(p, &layer->x, t, layer->c_in, layer->r_in, in_room(p, chunk, p->block), NULL, NULL, p->in_w,
+              in_sums(p, chunk, p->d_u_in), sums_w(p, &layer->x, layer->c_in, p->in_w), dh_tile);
     if (layer->dx.data != NULL)
         expand(p, &layer->dx, t, layer->c_in, dh_tile, p->in_w, layer->r_in, at(p, p->to_dx), p->dx_w,
                in_room(p, chunk, p->turned));
@@ -688,8 +724,10 @@ static void backward_chunk(int chunk, void *plan_) {
             convolve(p, chunk, &t, k_tile);
         }
         const int64_t u = t.group * layer->c_out * p->out_w;
-        sweep(p, &layer->dy, &t, layer->c_out, block, dk, reals(p, at(p, p->u_out), u), p->out_w,
-              needs_k ? reals(p, in_sums(p, chunk, p->d_u_out), u) : NULL, k, p->out_w);
+        const int64_t sum = turned_sums(p, &layer->dy) ? t.group * layer->c_out : u;
+        sweep(p, &layer->dy, &t, layer->c_out, layer->r_out, block, dk, reals(p, at(p, p->u_out), u), p->out_w,
+              needs_k ? reals(p, in_sums(p, chunk, p->d_u_out), sum) : NULL,
+              sums_w(p, &layer->dy, layer->groups * layer->c_out, p->out_w), k);
         if (!layer->pointwise) {
             if (layer->d_core != NULL)
                 core_gradient(p, chunk, &t, dk, in_sums(p, chunk, p->d_core));
@@ -760,14 +798,22 @@ static void finish_chunk(int chunk, void *plan_) {
     }
 }
 
-/* The sums of all chunks, rows [begin, end) of a parameter's gradient. */
-static void add_up(const plan *p, const flora_view *view, size_t sums, int64_t width, int chunk, double scale) {
+/* The sums of all chunks, rows [begin, end) of the gradient of a factor that meets `field`. */
+static void add_up(const plan *p, const flora_view *view, const flora_field *field, size_t sums, int64_t width,
+                   int chunk, double scale) {
     const int64_t begin = flora_chunk_begin(view->shape[0], chunk, p->chunks);
     const int64_t end = flora_chunk_begin(view->shape[0], chunk + 1, p->chunks);
-    if (begin < end)
-        p->kernels->sum(flora_at(view->data, begin * view->strides[0], p->kernels->real_size), view->strides[0],
-                        view->strides[1], reals(p, in_sums(p, 0, sums), begin * width), width, p->chunks,
-                        p->sums_size / (int64_t)p->kernels->real_size, end - begin, view->shape[1], scale);
+    if (begin >= end)
+        return;
+    void *to = flora_at(view->data, begin * view->strides[0], p->kernels->real_size);
+    const int64_t part = p->sums_size / (int64_t)p->kernels->real_size;
+    const int64_t sum_w = sums_w(p, field, view->shape[0], width);
+    if (turned_sums(p, field))
+        p->kernels->sum(to, view->strides[1], view->strides[0], reals(p, in_sums(p, 0, sums), begin), sum_w, p->chunks,
+                        part, view->shape[1], end - begin, scale);
+    else
+        p->kernels->sum(to, view->strides[0], view->strides[1], reals(p, in_sums(p, 0, sums), begin * width), sum_w,
+                        p->chunks, part, end - begin, view->shape[1], scale);
 }
 
 /* The offset of a tap in a core with modes (r_out, r_in, *kernel); taps count in row-major order. */
@@ -784,9 +830,9 @@ static void add_up_chunk(int chunk, void *plan_) {
     const plan *p = plan_;
     const flora_layer *layer = p->layer;
     if (layer->d_u_in != NULL)
-        add_up(p, layer->d_u_in, p->d_u_in, p->in_w, chunk, 1.0);
+        add_up(p, layer->d_u_in, &layer->x, p->d_u_in, p->in_w, chunk, 1.0);
     if (layer->d_u_out != NULL)
-        add_up(p, layer->d_u_out, p->d_u_out, p->out_w, chunk, layer->scale);
+        add_up(p, layer->d_u_out, &layer->dy, p->d_u_out, p->out_w, chunk, layer->scale);
     if (layer->d_core == NULL || layer->d_core->data == NULL)
         return;
     for (int64_t tap = flora_chunk_begin(layer->taps, chunk, p->chunks);
@@ -799,16 +845,28 @@ static void add_up_chunk(int chunk, void *plan_) {
 
 /* Packing ---------------------------------------------------------------------------------------------------------- */
 
-/* (rows, ranks padded to width), the matrix of a projection */
-static void pack_factor(const plan *p, size_t to, const flora_view *u, int64_t width, double scale) {
-    p->kernels->pack(at(p, to), width, u->data, u->strides[0], u->strides[1], u->shape[0], u->shape[1], scale);
+/* A factor (groups · channels, ranks padded to width) as `sweep` wants it for `field`. */
+static void pack_factor(const plan *p, size_t to, const flora_view *u, const flora_field *field, int64_t groups,
+                        int64_t width, double scale) {
+    const int64_t channels = u->shape[0] / groups;
+    if (p->dots == NULL)
+        p->kernels->pack(at(p, to), width, u->data, u->strides[0], u->strides[1], u->shape[0], u->shape[1], scale);
+    else
+        for (int64_t g = 0; g < groups; g++)
+            flora_dots_pack_sweep(p->kernels, p->dots, field, reals(p, at(p, to), g * channels * width), width, u,
+                                  g * channels, channels, scale);
 }
 
 /* A factor as `expand` wants it for `field`, groups one after another: see there. */
 static void pack_expand(const plan *p, size_t to, const flora_view *u, const flora_field *field, int64_t groups,
                         int64_t width, double scale) {
     const int64_t channels = u->shape[0] / groups, rank = u->shape[1];
-    if (field->planes)
+    if (p->dots != NULL)
+        for (int64_t g = 0; g < groups; g++)
+            flora_dots_pack_expand(p->kernels, p->dots, field,
+                                   reals(p, at(p, to), g * rank * (field->planes ? channels : width)), width, u,
+                                   g * channels, channels, scale);
+    else if (field->planes)
         p->kernels->pack(at(p, to), rank, u->data, u->strides[0], u->strides[1], u->shape[0], rank, scale);
     else
         for (int64_t g = 0; g < groups; g++)
@@ -848,13 +906,15 @@ static void plan_common(plan *p, const flora_layer *layer, int planes, int spare
     const size_t real = layer->kernels->real_size;
     p->layer = layer;
     p->kernels = layer->kernels;
+    p->dots = layer->dots;
     p->tile = planes ? PLANE_TILE : ROW_TILE;
     p->in_tile = layer->pointwise ? p->tile : whole_lines(p->tile, layer->in[layer->ndim - 1]);
     p->out_tile = layer->pointwise ? p->tile : whole_lines(p->tile, layer->out[layer->ndim - 1]);
-    p->in_w = flora_round_up(layer->r_in, p->kernels->lanes);
-    p->out_w = flora_round_up(layer->r_out, p->kernels->lanes);
-    p->y_w = flora_round_up(layer->c_out, p->kernels->lanes);
-    p->dx_w = flora_round_up(layer->c_in, p->kernels->lanes);
+    p->lanes = p->dots != NULL ? flora_max(p->kernels->lanes, FLORA_PAIR_LANES) : p->kernels->lanes;
+    p->in_w = flora_round_up(layer->r_in, p->lanes);
+    p->out_w = flora_round_up(layer->r_out, p->lanes);
+    p->y_w = flora_round_up(layer->c_out, p->lanes);
+    p->dx_w = flora_round_up(layer->c_in, p->lanes);
 
     /* h's own layout, or the caller's */
     int64_t pixel = layer->groups * layer->r_in, stride[FLORA_MAX_SPATIAL];
@@ -934,7 +994,10 @@ static void plan_rooms(plan *p, int64_t line_taps) {
     p->dk_tile = flora_reserve(&room, p->tile, p->out_w, 1, real);
     p->dh_tile = flora_reserve(&room, p->tile, p->in_w, 1, real);
     p->turned = flora_reserve(&room, p->tile, flora_max(p->in_w, p->out_w), 1, real);
-    p->block = flora_reserve(&room, p->tile, BLOCK, 1, real);
+    if (p->dots != NULL)
+        p->block = p->turned = flora_reserve(&room, flora_dots_room(p->tile, flora_max(p->in_w, p->out_w)), 1, 1, 1);
+    else
+        p->block = flora_reserve(&room, p->tile, BLOCK, 1, real);
     if (!p->layer->pointwise) {
         p->span = flora_reserve(&room, 2 * p->tile, flora_max(p->in_w, p->out_w), 1, real);
         p->runs_h = flora_reserve(&room, p->tile, 1, 1, sizeof(int64_t));
@@ -998,7 +1061,7 @@ flora_status flora_layer_forward(const flora_layer *layer, char *error) {
         return status;
 
     place_taps(&p);
-    pack_factor(&p, p.u_in, layer->u_in, p.in_w, 1.0);
+    pack_factor(&p, p.u_in, layer->u_in, &layer->x, 1, p.in_w, 1.0);
     pack_core(&p);
     pack_expand(&p, p.to_y, layer->u_out, &layer->y, layer->groups, p.y_w, layer->scale);
     if (!layer->pointwise)
@@ -1027,9 +1090,11 @@ flora_status flora_layer_backward(const flora_layer *layer, char *error) {
         p.to_dx = flora_reserve(&p.scratch, layer->r_in, p.dx_w, 1, real);
     if (!layer->pointwise && needs_dh)
         plan_dk(&p);
-    p.d_u_in = flora_reserve(&sums, layer->d_u_in != NULL ? layer->c_in : 0, p.in_w, 1, real);
+    p.d_u_in =
+        flora_reserve(&sums, layer->d_u_in != NULL ? flora_round_up(layer->c_in, p.lanes) : 0, p.in_w, 1, real);
     p.d_core = flora_reserve(&sums, layer->d_core != NULL ? layer->taps : 0, layer->r_in, p.out_w, real);
-    p.d_u_out = flora_reserve(&sums, layer->d_u_out != NULL ? layer->groups * layer->c_out : 0, p.out_w, 1, real);
+    p.d_u_out = flora_reserve(
+        &sums, layer->d_u_out != NULL ? flora_round_up(layer->groups * layer->c_out, p.lanes) : 0, p.out_w, 1, real);
     p.sums_size = (int64_t)sums.size;
     p.sums = flora_reserve(&p.scratch, p.chunks, p.sums_size, 1, 1);
     p.scratch.overflow |= sums.overflow;
@@ -1038,11 +1103,11 @@ flora_status flora_layer_backward(const flora_layer *layer, char *error) {
         return status;
 
     place_taps(&p);
-    pack_factor(&p, p.u_out, layer->u_out, p.out_w, layer->scale);
+    pack_factor(&p, p.u_out, layer->u_out, &layer->dy, layer->groups, p.out_w, layer->scale);
     pack_core(&p);
     pack_core_t(&p);
     if (projects)
-        pack_factor(&p, p.u_in, layer->u_in, p.in_w, 1.0);
+        pack_factor(&p, p.u_in, layer->u_in, &layer->x, 1, p.in_w, 1.0);
     if (layer->dx.data != NULL)
         pack_expand(&p, p.to_dx, layer->u_in, &layer->dx, 1, p.dx_w, 1.0);
     if (projects && !layer->pointwise)
