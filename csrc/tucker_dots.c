@@ -80,7 +80,7 @@ void flora_dots_pack_sweep(const flora_kernels *kernels, const flora_dots *dots,
         dots->pair_rounded(to, width, to, width, channels, rank);
     } else {
         kernels->pack(to, channels, from, u->strides[1], u->strides[0], rank, channels, scale);
-        dots->round(to, even(channels), to, channels, rank, channels);
+        dots->round(to, even(channels), even(channels), to, channels, rank, channels);
     }
 }
 
@@ -90,7 +90,7 @@ void flora_dots_pack_expand(const flora_kernels *kernels, const flora_dots *dots
     const int64_t rank = u->shape[1];
     if (field->planes) {
         kernels->pack(to, rank, from, u->strides[0], u->strides[1], channels, rank, scale);
-        dots->round(to, even(rank), to, rank, channels, rank);
+        dots->round(to, even(rank), even(rank), to, rank, channels, rank);
     } else {
         kernels->pack(to, width, from, u->strides[1], u->strides[0], rank, channels, scale);
         dots->pair_rounded(to, width, to, width, rank, channels);
@@ -102,7 +102,7 @@ static void sweep_rows(const flora_dot_tile *t, int64_t channels, int64_t rank, 
     uint16_t *turned = (uint16_t *)(void *)tile_room(t, 0), *pairs = pair_room(t);
     if (sums != NULL) {
         t->kernels->transpose(turned, t->tile, with, width, t->pixels, rank);
-        t->dots->round(turned, t->tile, turned, t->tile, rank, t->pixels);
+        t->dots->round(turned, t->tile, t->tile, turned, t->tile, rank, t->pixels);
     }
     for (int64_t c = 0; c < channels; c += FLORA_DOT_BLOCK) {
         const int64_t count = flora_min(FLORA_DOT_BLOCK, channels - c);
@@ -200,7 +200,7 @@ void flora_dots_expand(const flora_dot_tile *t, int64_t channels, int64_t rank, 
     uint16_t *rounded = (uint16_t *)(void *)tile_room(t, 0), *pairs = (uint16_t *)(void *)tile_room(t, 1);
     if (rank == 0 || channels == 0)
         return;
-    t->dots->round(rounded, width, k, width, t->pixels, rank);
+    t->dots->round(rounded, width, width, k, width, t->pixels, rank);
     if (t->field->planes) /* a pair of ranks moves as one float */
         t->kernels->transpose(pairs, t->tile, rounded, width / 2, t->pixels, even(rank) / 2);
     for (int64_t done = 0, run; done < t->pixels; done += run) {

@@ -65,6 +65,15 @@ typedef struct {
     int64_t dh_interior;
     flora_pixels dh_in;
 
+    /* with dots, dk's image has numbers of bfloat16, and h is read from copies of such */
+    int64_t number;          /* the bytes of a number of dk's image */
+    int64_t numbers;         /* how many numbers of a packed core are in the place of a real */
+    size_t h_rows, h_planes; /* (batch, groups, *padded, h_w) and (batch, groups, r_in, *padded) */
+    int64_t h_w;
+    int by_planes; /* h_planes is there and serves the gradient of the core */
+    flora_pixels h_all, rows_out, planes_out;
+    size_t taps_rows, taps_planes;
+
     /* per chunk */
     int chunks;
     size_t rooms, sums;
@@ -289,6 +298,35 @@ static void store_h(const plan *p, const tile *t, const void *h_tile) {
     }
 }
 
+/* h of one image and group as bfloat16 */
+static uint16_t *h_rows(const plan *p, int64_t image, int64_t group) {
+    return (uint16_t *)at(p, p->h_rows) + (image * p->layer->groups + group) * p->layer->padded_pixels * p->h_w;
+}
+
+static uint16_t *h_planes(const plan *p, int64_t image, int64_t group) {
+    return (uint16_t *)at(p, p->h_planes) +
+           (image * p->layer->groups + group) * p->layer->padded_pixels * p->layer->r_in;
+}
+
+/* Both of them, for one image and group. */
+static void round_h(const plan *p, int chunk, int64_t slice) {
+    const flora_layer *layer = p->layer;
+    const int64_t r = layer->r_in, pixels = layer->padded_pixels;
+    const int64_t image = slice / layer->groups, group = slice % layer->groups;
+    void *h_tile = in_room(p, chunk, p->h_tile), *turned = in_room(p, chunk, p->turned);
+    for (int64_t done = 0, run; done < pixels; done += run) {
+        const int64_t offset = flora_pixel_at(&p->h_all, done, &run);
+        run = flora_min(flora_min(run, pixels - done), p->tile);
+        p->kernels->pack(h_tile, p->in_w, reals(p, p->h, image * p->h_batch + group * r * p->h_channel + offset),
+                         flora_pixel_stride(&p->h_all), p->h_channel, run, r, 1.0);
+        p->dots->round(h_rows(p, image, group) + done * p->h_w, p->h_w, p->h_w, h_tile, p->in_w, run, r);
+        if (!p->by_planes)
+            continue;
+        p->kernels->transpose(turned, p->tile, h_tile, p->in_w, run, r);
+        p->dots->round(h_planes(p, image, group) + done, pixels, run, turned, p->tile, r, run);
+    }
+}
+
 /* How many pixels of a tile, from `first` on, one product of `correlate` takes; *span: the pixels it computes for them.
  * Lines are short where images are deep, and a product with few rows is slow. So it runs on over the pixels between two
  * lines, if they are few, and what it computes there is dropped. */
@@ -315,19 +353,34 @@ static void correlate(const plan *p, const tile *t, const flora_pixels *pixels, 
         int64_t span, run;
         const int64_t offset = flora_pixel_at(pixels, t->first + done, &run);
         taken = correlated(pixels, t->first + done, t->pixels - done, &span);
-        multiply(p, (flora_gemm){.m = span,
-                                 .n = width,
-                                 .k = depth,
-                                 .a = reals(p, image, offset),
-                                 .a_m = flora_pixel_stride(pixels),
-                                 .a_k = channel,
-                                 .b = matrix,
-                                 .b_k = width,
-                                 .taps = p->layer->taps,
-                                 .a_taps = taps,
-                                 .b_taps = matrix_taps,
-                                 .c = span == taken ? reals(p, out, done * width) : span_room,
-                                 .c_m = width});
+        void *to = span == taken ? reals(p, out, done * width) : span_room;
+        if (p->dots != NULL)
+            p->dots->dot(&(flora_dot){.m = span,
+                                      .n = width,
+                                      .k = depth,
+                                      .a = (const uint16_t *)image + offset,
+                                      .a_m = flora_pixel_stride(pixels),
+                                      .b = matrix,
+                                      .b_w = width,
+                                      .taps = p->layer->taps,
+                                      .a_taps = taps,
+                                      .b_taps = matrix_taps,
+                                      .c = to,
+                                      .c_m = width});
+        else
+            multiply(p, (flora_gemm){.m = span,
+                                     .n = width,
+                                     .k = depth,
+                                     .a = reals(p, image, offset),
+                                     .a_m = flora_pixel_stride(pixels),
+                                     .a_k = channel,
+                                     .b = matrix,
+                                     .b_k = width,
+                                     .taps = p->layer->taps,
+                                     .a_taps = taps,
+                                     .b_taps = matrix_taps,
+                                     .c = to,
+                                     .c_m = width});
         if (span == taken)
             continue;
         const int64_t line = pixels->extent[pixels->ndim - 1];
@@ -342,14 +395,20 @@ static void correlate(const plan *p, const tile *t, const flora_pixels *pixels, 
 
 /* k (pixels, out_w) = Σ_tap h(at tap) · G_tapᵀ, from the padded image h */
 static void convolve(const plan *p, int chunk, const tile *t, void *k_tile) {
-    const void *image = reals(p, p->h, t->image * p->h_batch + t->group * p->layer->r_in * p->h_channel);
-    correlate(p, t, &p->h_out, image, p->h_channel, p->layer->r_in, at(p, p->taps_a), at(p, p->core),
-              at(p, p->taps_core), p->out_w, in_room(p, chunk, p->span), k_tile);
+    const flora_layer *layer = p->layer;
+    const void *matrix = at(p, p->core), *matrix_taps = at(p, p->taps_core);
+    void *span = in_room(p, chunk, p->span);
+    if (p->dots != NULL)
+        correlate(p, t, &p->rows_out, h_rows(p, t->image, t->group), 1, layer->r_in, at(p, p->taps_rows), matrix,
+                  matrix_taps, p->out_w, span, k_tile);
+    else
+        correlate(p, t, &p->h_out, reals(p, p->h, t->image * p->h_batch + t->group * layer->r_in * p->h_channel),
+                  p->h_channel, layer->r_in, at(p, p->taps_a), matrix, matrix_taps, p->out_w, span, k_tile);
 }
 
 /* dh (pixels, in_w) = Σ_tap dk(at tap) · G_tap, from dk's image with its margins */
 static void convolve_back(const plan *p, int chunk, const tile *t, void *dh_tile) {
-    const void *image = reals(p, at(p, p->dk), (t->image * p->layer->groups + t->group) * p->dk_size);
+    const void *image = (char *)at(p, p->dk) + (t->image * p->layer->groups + t->group) * p->dk_size * p->number;
     correlate(p, t, &p->dk_in, image, 1, p->layer->r_out, at(p, p->taps_dk), at(p, p->core_t), at(p, p->taps_core_t),
               p->in_w, in_room(p, chunk, p->span), dh_tile);
 }
@@ -358,22 +417,44 @@ static void convolve_back(const plan *p, int chunk, const tile *t, void *dh_tile
  * of equal length are the taps of one product, so that its sums stay in registers. */
 static void core_gradient(const plan *p, int chunk, const tile *t, const void *dk, void *sums) {
     const flora_layer *layer = p->layer;
-    const int64_t *taps = at(p, p->taps_a);
+    const flora_pixels *pixels = p->by_planes ? &p->planes_out : &p->h_out;
+    const int64_t *taps = at(p, p->by_planes ? p->taps_planes : p->taps_a);
     int64_t *runs_h = in_room(p, chunk, p->runs_h), *runs_dk = in_room(p, chunk, p->runs_dk);
     const void *image = reals(p, p->h, t->image * p->h_batch + t->group * layer->r_in * p->h_channel);
     for (int64_t done = 0; done < t->pixels;) {
         int64_t run = 0, runs = 0;
+        uint16_t *pairs = in_room(p, chunk, p->block), *pairs_end = pairs;
         for (int64_t length; done < t->pixels; done += length) {
-            const int64_t offset = flora_pixel_at(&p->h_out, t->first + done, &length);
+            const int64_t offset = flora_pixel_at(pixels, t->first + done, &length);
             length = flora_min(length, t->pixels - done);
             if (runs > 0 && length != run)
                 break;
             run = length;
             runs_h[runs] = offset;
-            runs_dk[runs++] = done * p->out_w;
+            runs_dk[runs++] = p->by_planes ? pairs_end - pairs : done * p->out_w;
+            if (p->by_planes) {
+                p->dots->pair_rounded(pairs_end, p->out_w, reals(p, dk, done * p->out_w), p->out_w, run, layer->r_out);
+                pairs_end += (run + 1) / 2 * 2 * p->out_w;
+            }
         }
         for (int64_t tap = 0; tap < layer->taps; tap++) {
             void *sum = reals(p, sums, tap * layer->r_in * p->out_w);
+            if (p->by_planes) {
+                p->dots->dot(&(flora_dot){.m = layer->r_in,
+                                          .n = p->out_w,
+                                          .k = run,
+                                          .a = h_planes(p, t->image, t->group) + taps[tap],
+                                          .a_m = layer->padded_pixels,
+                                          .b = pairs,
+                                          .b_w = p->out_w,
+                                          .taps = runs,
+                                          .a_taps = runs_h,
+                                          .b_taps = runs_dk,
+                                          .c_in = sum,
+                                          .c = sum,
+                                          .c_m = p->out_w});
+                continue;
+            }
             multiply(p, (flora_gemm){.m = layer->r_in,
                                      .n = p->out_w,
                                      .k = run,
@@ -394,12 +475,17 @@ static void core_gradient(const plan *p, int chunk, const tile *t, const void *d
 
 /* dk's tile into its image */
 static void store_dk(const plan *p, const tile *t, const void *dk_tile) {
-    char *image = reals(p, at(p, p->dk), (t->image * p->layer->groups + t->group) * p->dk_size + p->dk_interior);
+    const int64_t interior = (t->image * p->layer->groups + t->group) * p->dk_size + p->dk_interior;
     for (int64_t done = 0, run; done < t->pixels; done += run) {
         const int64_t offset = flora_pixel_at(&p->dk_out, t->first + done, &run);
         run = flora_min(run, t->pixels - done);
-        p->kernels->copy(reals(p, image, offset), flora_pixel_stride(&p->dk_out), reals(p, dk_tile, done * p->out_w),
-                         p->out_w, 1, run, p->out_w);
+        char *to = (char *)at(p, p->dk) + (interior + offset) * p->number;
+        const void *from = reals(p, dk_tile, done * p->out_w);
+        const int64_t step = flora_pixel_stride(&p->dk_out);
+        if (p->dots != NULL)
+            p->dots->round(to, step, p->out_w, from, p->out_w, run, p->out_w);
+        else
+            p->kernels->copy(to, step, from, p->out_w, 1, run, p->out_w);
     }
 }
 
@@ -499,7 +585,7 @@ static void transposed_line(const plan *p, int64_t line, int64_t begin, int64_t 
         }
         if (reaches) {
             taps_dk[count] = from * layer->out[last] * p->out_w;
-            taps_core[count++] = outer * layer->kernel[last] * core_size;
+            taps_core[count++] = outer * layer->kernel[last] * core_size * p->numbers;
         }
     }
 
@@ -512,20 +598,37 @@ static void transposed_line(const plan *p, int64_t line, int64_t begin, int64_t 
         if (first >= past)
             continue;
         void *to = reals(p, dh, (first * stride + shift) * p->in_w);
-        multiply(p, (flora_gemm){.m = past - first,
-                                 .n = p->in_w,
-                                 .k = layer->r_out,
-                                 .a = reals(p, at(p, p->dk), (line * layer->out_pixels + first) * p->out_w),
-                                 .a_m = p->out_w,
-                                 .a_k = 1,
-                                 .b = reals(p, at(p, p->core_t), tap * core_size),
-                                 .b_k = p->in_w,
-                                 .taps = count,
-                                 .a_taps = taps_dk,
-                                 .b_taps = taps_core,
-                                 .c_in = to,
-                                 .c = to,
-                                 .c_m = stride * p->in_w});
+        const void *from = (char *)at(p, p->dk) + (line * layer->out_pixels + first) * p->out_w * p->number;
+        const void *core = reals(p, at(p, p->core_t), tap * core_size);
+        if (p->dots != NULL)
+            p->dots->dot(&(flora_dot){.m = past - first,
+                                      .n = p->in_w,
+                                      .k = layer->r_out,
+                                      .a = from,
+                                      .a_m = p->out_w,
+                                      .b = core,
+                                      .b_w = p->in_w,
+                                      .taps = count,
+                                      .a_taps = taps_dk,
+                                      .b_taps = taps_core,
+                                      .c_in = to,
+                                      .c = to,
+                                      .c_m = stride * p->in_w});
+        else
+            multiply(p, (flora_gemm){.m = past - first,
+                                     .n = p->in_w,
+                                     .k = layer->r_out,
+                                     .a = from,
+                                     .a_m = p->out_w,
+                                     .a_k = 1,
+                                     .b = core,
+                                     .b_k = p->in_w,
+                                     .taps = count,
+                                     .a_taps = taps_dk,
+                                     .b_taps = taps_core,
+                                     .c_in = to,
+                                     .c = to,
+                                     .c_m = stride * p->in_w});
     }
 }
 
@@ -546,12 +649,12 @@ static void load_dh(const plan *p, const tile *t, void *dh_tile) {
 static void clear_margins(const plan *p, int64_t slice) {
     const flora_layer *layer = p->layer;
     const int last = layer->ndim - 1;
-    const size_t pixel = (size_t)p->out_w * p->kernels->real_size;
+    const size_t pixel = (size_t)(p->out_w * p->number);
     const int64_t before = p->dk_margin[last][0], after = p->dk_margin[last][1],
                   length = before + layer->out[last] + after;
     const int64_t lines = p->dk_size / (length * p->out_w);
     for (int64_t line = 0; line < lines; line++) {
-        char *begin = reals(p, at(p, p->dk), slice * p->dk_size + line * length * p->out_w);
+        char *begin = (char *)at(p, p->dk) + (slice * p->dk_size + line * length * p->out_w) * p->number;
         int inside = 1;
         for (int64_t mode = last - 1, rest = line; mode >= 0; mode--) {
             const int64_t extent = p->dk_margin[mode][0] + layer->out[mode] + p->dk_margin[mode][1];
@@ -775,6 +878,14 @@ static void transposed_chunk(int chunk, void *plan_) {
     }
 }
 
+static void round_h_chunk(int chunk, void *plan_) {
+    const plan *p = plan_;
+    const int64_t slices = p->layer->batch * p->layer->groups;
+    for (int64_t slice = flora_chunk_begin(slices, chunk, p->chunks);
+         slice < flora_chunk_begin(slices, chunk + 1, p->chunks); slice++)
+        round_h(p, chunk, slice);
+}
+
 static void fold_chunk(int chunk, void *plan_) {
     const plan *p = plan_;
     const int64_t slices = p->layer->batch * p->layer->groups;
@@ -879,20 +990,26 @@ static void pack_expand(const plan *p, size_t to, const flora_view *u, const flo
 static void pack_core(const plan *p) {
     const flora_layer *layer = p->layer;
     const flora_view *core = layer->core;
-    for (int64_t tap = 0; core != NULL && tap < layer->taps; tap++)
-        p->kernels->pack(reals(p, at(p, p->core), tap * layer->r_in * p->out_w), p->out_w,
-                         flora_at(core->data, core_tap(layer, core, tap), p->kernels->real_size), core->strides[1],
-                         core->strides[0], layer->r_in, layer->r_out, 1.0);
+    for (int64_t tap = 0; core != NULL && tap < layer->taps; tap++) {
+        void *to = reals(p, at(p, p->core), tap * layer->r_in * p->out_w);
+        p->kernels->pack(to, p->out_w, flora_at(core->data, core_tap(layer, core, tap), p->kernels->real_size),
+                         core->strides[1], core->strides[0], layer->r_in, layer->r_out, 1.0);
+        if (p->numbers > 1)
+            p->dots->pair_rounded(to, p->out_w, to, p->out_w, layer->r_in, layer->r_out);
+    }
 }
 
 /* (taps, r_out, in_w), the core of the transposed convolution */
 static void pack_core_t(const plan *p) {
     const flora_layer *layer = p->layer;
     const flora_view *core = layer->core;
-    for (int64_t tap = 0; core != NULL && tap < layer->taps; tap++)
-        p->kernels->pack(reals(p, at(p, p->core_t), tap * layer->r_out * p->in_w), p->in_w,
-                         flora_at(core->data, core_tap(layer, core, tap), p->kernels->real_size), core->strides[0],
-                         core->strides[1], layer->r_out, layer->r_in, 1.0);
+    for (int64_t tap = 0; core != NULL && tap < layer->taps; tap++) {
+        void *to = reals(p, at(p, p->core_t), tap * layer->r_out * p->in_w);
+        p->kernels->pack(to, p->in_w, flora_at(core->data, core_tap(layer, core, tap), p->kernels->real_size),
+                         core->strides[0], core->strides[1], layer->r_out, layer->r_in, 1.0);
+        if (p->numbers > 1)
+            p->dots->pair_rounded(to, p->in_w, to, p->in_w, layer->r_out, layer->r_in);
+    }
 }
 
 /* Plans ------------------------------------------------------------------------------------------------------------ */
@@ -907,6 +1024,8 @@ static void plan_common(plan *p, const flora_layer *layer, int planes, int spare
     p->layer = layer;
     p->kernels = layer->kernels;
     p->dots = layer->dots;
+    p->numbers = p->dots != NULL && !layer->pointwise ? 2 : 1;
+    p->number = p->dots != NULL ? (int64_t)sizeof(uint16_t) : (int64_t)real;
     p->tile = planes ? PLANE_TILE : ROW_TILE;
     p->in_tile = layer->pointwise ? p->tile : whole_lines(p->tile, layer->in[layer->ndim - 1]);
     p->out_tile = layer->pointwise ? p->tile : whole_lines(p->tile, layer->out[layer->ndim - 1]);
@@ -955,6 +1074,28 @@ static void plan_common(plan *p, const flora_layer *layer, int planes, int spare
     p->taps_core = flora_reserve(&p->scratch, layer->taps, 1, 1, sizeof(int64_t));
 }
 
+/* The copies of h. The gradient of the core sums over pixels, which must be neighbours for it. */
+static void plan_h_copies(plan *p, int core_gradient) {
+    const flora_layer *layer = p->layer;
+    int64_t rows[FLORA_MAX_SPATIAL], planes[FLORA_MAX_SPATIAL], pixels = 1;
+    p->h_w = layer->r_in + layer->r_in % 2;
+    for (int mode = layer->ndim - 1; mode >= 0; mode--) {
+        planes[mode] = pixels * layer->geometry.stride[mode];
+        rows[mode] = planes[mode] * p->h_w;
+        pixels *= layer->padded[mode];
+    }
+    p->h_all = flora_pixels_of(layer->ndim, layer->padded, p->h_stride);
+    p->rows_out = flora_pixels_of(layer->ndim, layer->out, rows);
+    p->planes_out = flora_pixels_of(layer->ndim, layer->out, planes);
+    p->by_planes = core_gradient && flora_pixel_stride(&p->planes_out) == 1;
+    p->h_rows = flora_reserve(&p->scratch, layer->batch * layer->groups, pixels, p->h_w, sizeof(uint16_t));
+    p->taps_rows = flora_reserve(&p->scratch, layer->taps, 1, 1, sizeof(int64_t));
+    if (p->by_planes) {
+        p->h_planes = flora_reserve(&p->scratch, layer->batch * layer->groups, pixels, layer->r_in, sizeof(uint16_t));
+        p->taps_planes = flora_reserve(&p->scratch, layer->taps, 1, 1, sizeof(int64_t));
+    }
+}
+
 /* dk's image: with margins, such that all taps of every input pixel are in it, where dh can be gathered from it. Else,
  * with strides, or a padding that receives a gradient of its own, the transposed convolution scatters. */
 static void plan_dk(plan *p) {
@@ -975,7 +1116,7 @@ static void plan_dk(plan *p) {
     }
     p->dk_out = flora_pixels_of(layer->ndim, layer->out, stride);
     p->dk_in = flora_pixels_of(layer->ndim, layer->in, stride);
-    p->dk = flora_reserve(&p->scratch, layer->batch * layer->groups, p->dk_size, 1, p->kernels->real_size);
+    p->dk = flora_reserve(&p->scratch, layer->batch * layer->groups, p->dk_size, 1, (size_t)p->number);
     if (p->gathers) {
         p->taps_dk = flora_reserve(&p->scratch, layer->taps, 1, 1, sizeof(int64_t));
         p->taps_core_t = flora_reserve(&p->scratch, layer->taps, 1, 1, sizeof(int64_t));
@@ -1021,7 +1162,18 @@ static void place_taps(plan *p) {
             rest /= layer->kernel[mode];
         }
         taps[tap] = offset;
-        core[tap] = tap * layer->r_in * p->out_w;
+        core[tap] = tap * layer->r_in * p->out_w * p->numbers;
+    }
+    for (int64_t tap = 0; p->h_w > 0 && tap < layer->taps; tap++) {
+        int64_t rest = tap, offset = 0, size = 1;
+        for (int mode = layer->ndim - 1; mode >= 0; mode--) {
+            offset += rest % layer->kernel[mode] * layer->geometry.dilation[mode] * size;
+            rest /= layer->kernel[mode];
+            size *= layer->padded[mode];
+        }
+        ((int64_t *)at(p, p->taps_rows))[tap] = offset * p->h_w;
+        if (p->by_planes)
+            ((int64_t *)at(p, p->taps_planes))[tap] = offset;
     }
     for (int64_t tap = 0; p->gathers && tap < layer->taps; tap++) {
         int64_t *taps_dk = at(p, p->taps_dk), *core_t = at(p, p->taps_core_t);
@@ -1033,7 +1185,7 @@ static void place_taps(plan *p) {
             size *= p->dk_margin[mode][0] + layer->out[mode] + p->dk_margin[mode][1];
         }
         taps_dk[tap] = offset;
-        core_t[tap] = tap * layer->r_out * p->in_w;
+        core_t[tap] = tap * layer->r_out * p->in_w * p->numbers;
     }
     p->h = layer->h != NULL ? layer->h->data : p->owns_h ? at(p, p->h_scratch) : NULL;
 }
@@ -1056,6 +1208,8 @@ flora_status flora_layer_forward(const flora_layer *layer, char *error) {
     plan_rooms(&p, 0);
     p.u_in = flora_reserve(&p.scratch, layer->c_in, p.in_w, 1, real);
     p.to_y = flora_reserve(&p.scratch, layer->groups, layer->r_out, p.y_w, real);
+    if (p.dots != NULL && !layer->pointwise)
+        plan_h_copies(&p, 0);
     flora_status status = flora_allocate(&p.scratch, error);
     if (status != FLORA_OK)
         return status;
@@ -1066,6 +1220,8 @@ flora_status flora_layer_forward(const flora_layer *layer, char *error) {
     pack_expand(&p, p.to_y, layer->u_out, &layer->y, layer->groups, p.y_w, layer->scale);
     if (!layer->pointwise)
         project(&p);
+    if (p.h_w > 0)
+        flora_parallel(p.chunks, round_h_chunk, &p);
     flora_parallel(p.chunks, forward_chunk, &p);
     flora_release(&p.scratch);
     return FLORA_OK;
@@ -1090,6 +1246,8 @@ flora_status flora_layer_backward(const flora_layer *layer, char *error) {
         p.to_dx = flora_reserve(&p.scratch, layer->r_in, p.dx_w, 1, real);
     if (!layer->pointwise && needs_dh)
         plan_dk(&p);
+    if (p.dots != NULL && !layer->pointwise && needs_h && !empty)
+        plan_h_copies(&p, layer->d_core != NULL);
     p.d_u_in =
         flora_reserve(&sums, layer->d_u_in != NULL ? flora_round_up(layer->c_in, p.lanes) : 0, p.in_w, 1, real);
     p.d_core = flora_reserve(&sums, layer->d_core != NULL ? layer->taps : 0, layer->r_in, p.out_w, real);
@@ -1112,6 +1270,8 @@ flora_status flora_layer_backward(const flora_layer *layer, char *error) {
         pack_expand(&p, p.to_dx, layer->u_in, &layer->dx, 1, p.dx_w, 1.0);
     if (projects && !layer->pointwise)
         project(&p);
+    if (p.h_w > 0)
+        flora_parallel(p.chunks, round_h_chunk, &p);
     if (empty)
         p.chunks = 1, memset(in_sums(&p, 0, 0), 0, (size_t)p.sums_size);
     else

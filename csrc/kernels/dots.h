@@ -39,12 +39,11 @@ typedef struct {
 
     /* to (⌈k / 2⌉, width, 2) = the rows of from (k, n), row stride from_k, interleaved in pairs; zero beyond k and n */
     void (*pair)(uint16_t *to, int64_t width, const uint16_t *from, int64_t from_k, int64_t k, int64_t n);
-    /* the same from float, rounded: scratch whose rows are read up to the next multiple of FLORA_PAIR_LANES; `to` may be
-     * where `from` is if width <= from_k */
+    /* the same from float, rounded; `to` may be where `from` is if width <= from_k */
     void (*pair_rounded)(void *to, int64_t width, const void *from, int64_t from_k, int64_t k, int64_t n);
-    /* to (m, width) = from (m, n) float, rounded, then zeros; `from` as for pair_rounded, and `to` may be where it is if
-     * width <= 2 · from_m */
-    void (*round)(void *to, int64_t width, const void *from, int64_t from_m, int64_t m, int64_t n);
+    /* to (m, width), row stride to_m = from (m, n) float, rounded, then zeros; `to` may be where `from` is if
+     * to_m <= 2 · from_m */
+    void (*round)(void *to, int64_t to_m, int64_t width, const void *from, int64_t from_m, int64_t m, int64_t n);
 } flora_dots;
 
 #if defined(__x86_64__)

@@ -15,12 +15,18 @@ FLORA_INLINE u16v load_bits(const uint16_t *p, int64_t n) {
     return *(const u16v_any *)p;
 }
 
-/* The same from float scratch, which may be read beyond n. */
+/* The same from float, rounded */
 FLORA_INLINE u16v load_rounded(const f32_any *p, int64_t n) {
-    u16v v = bf16_narrow(*(const f32v_any *)p), lane;
-    for (int q = 0; q < LANES; q++)
-        lane[q] = (uint16_t)q;
-    return n < LANES ? v & (u16v)(lane < (uint16_t)n) : v;
+    if (n >= LANES)
+        return bf16_narrow(*(const f32v_any *)p);
+#if FLORA_VECTOR_BYTES == 64 && defined(__AVX512BW__)
+    return bf16_narrow(f32_load_part((const float *)p, n));
+#else
+    f32v v = {0}; /* f32_load_part may not read what is rounded in its place */
+    for (int64_t q = 0; q < n; q++)
+        v[q] = p[q];
+    return bf16_narrow(v);
+#endif
 }
 
 FLORA_INLINE void store_pairs(uint16_t *p, u16v even, u16v odd) {
@@ -56,10 +62,10 @@ static void pair_rounded(void *to_, int64_t width, const void *from_, int64_t fr
     }
 }
 
-static void round_rows(void *to_, int64_t width, const void *from_, int64_t from_m, int64_t m, int64_t n) {
+static void round_rows(void *to_, int64_t to_m, int64_t width, const void *from_, int64_t from_m, int64_t m, int64_t n) {
     u16_any *to = to_;
     const f32_any *from = from_;
-    for (int64_t i = 0; i < m; i++, to += width, from += from_m)
+    for (int64_t i = 0; i < m; i++, to += to_m, from += from_m)
         for (int64_t j = 0; j < width; j += LANES) {
             const u16v v = j < n ? load_rounded(from + j, n - j) : (u16v){0};
             if (width - j < LANES)
