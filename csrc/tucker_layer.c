@@ -707,12 +707,32 @@ static int64_t whole_lines(int64_t most, int64_t line) {
     return line > 0 && line <= most ? most / line * line : most;
 }
 
+typedef struct {
+    const plan *plan;
+    void (*body)(int chunk, const plan *p);
+} loop;
+
+static void run_chunk(int chunk, void *loop_) {
+    const loop *l = loop_;
+    const flora_dots *dots = l->plan->dots;
+    if (dots != NULL && dots->begin != NULL)
+        dots->begin();
+    l->body(chunk, l->plan);
+    if (dots != NULL && dots->end != NULL)
+        dots->end();
+}
+
+/* body(chunk, p) for all chunks */
+static void in_parallel(const plan *p, void (*body)(int chunk, const plan *p)) {
+    loop l = {.plan = p, .body = body};
+    flora_parallel(p->chunks, run_chunk, &l);
+}
+
 static void project_x(const plan *p, const tile *t, void *room, void *h_tile) {
     sweep(p, &p->layer->x, t, p->layer->c_in, p->layer->r_in, room, h_tile, at(p, p->u_in), p->in_w, NULL, 0, NULL);
 }
 
-static void pad_chunk(int chunk, void *plan_) {
-    const plan *p = plan_;
+static void pad_chunk(int chunk, const plan *p) {
     const int64_t lines = p->layer->batch * (p->layer->padded_pixels / p->layer->padded[p->layer->ndim - 1]);
     for (int64_t line = flora_chunk_begin(lines, chunk, p->chunks);
          line < flora_chunk_begin(lines, chunk + 1, p->chunks); line++)
@@ -720,12 +740,11 @@ static void pad_chunk(int chunk, void *plan_) {
 }
 
 /* h of all images, tile by tile, in zeros */
-static void project_chunk(int chunk, void *plan_) {
-    const plan *p = plan_;
+static void project_chunk(int chunk, const plan *p) {
     const int64_t tasks = in_tiles(p);
     void *h_tile = in_room(p, chunk, p->h_tile), *block = in_room(p, chunk, p->block);
     if (p->layer->geometry.mode == FLORA_PAD_ZEROS)
-        pad_chunk(chunk, plan_);
+        pad_chunk(chunk, p);
     for (int64_t task = flora_chunk_begin(tasks, chunk, p->chunks);
          task < flora_chunk_begin(tasks, chunk + 1, p->chunks); task++) {
         const tile t = in_tile_of(p, task);
@@ -736,9 +755,9 @@ static void project_chunk(int chunk, void *plan_) {
 
 /* The padded image h from x. */
 static void project(plan *p) {
-    flora_parallel(p->chunks, project_chunk, p);
+    in_parallel(p, project_chunk);
     if (p->layer->geometry.mode != FLORA_PAD_ZEROS) /* which shows the interior, so that has to be there */
-        flora_parallel(p->chunks, pad_chunk, p);
+        in_parallel(p, pad_chunk);
 }
 
 /* k from h's tile: k = h · Gᵀ, or h itself without a core */
@@ -758,8 +777,7 @@ static const void *mix(const plan *p, const tile *t, const void *h_tile, void *k
     return k_tile;
 }
 
-static void forward_chunk(int chunk, void *plan_) {
-    const plan *p = plan_;
+static void forward_chunk(int chunk, const plan *p) {
     const flora_layer *layer = p->layer;
     const int64_t tasks = out_tiles(p);
     void *h_tile = in_room(p, chunk, p->h_tile), *k_tile = in_room(p, chunk, p->k_tile);
@@ -792,8 +810,7 @@ static void finish_tile(const plan *p, int chunk, const tile *t, const void *dh_
                in_room(p, chunk, p->turned));
 }
 
-static void margins_chunk(int chunk, void *plan_) {
-    const plan *p = plan_;
+static void margins_chunk(int chunk, const plan *p) {
     const int64_t slices = p->layer->batch * p->layer->groups;
     for (int64_t slice = flora_chunk_begin(slices, chunk, p->chunks);
          slice < flora_chunk_begin(slices, chunk + 1, p->chunks); slice++)
@@ -801,8 +818,7 @@ static void margins_chunk(int chunk, void *plan_) {
 }
 
 /* Output pixels: dk, dU_out and dG; for a pointwise layer also dh and all the rest. */
-static void backward_chunk(int chunk, void *plan_) {
-    const plan *p = plan_;
+static void backward_chunk(int chunk, const plan *p) {
     const flora_layer *layer = p->layer;
     const int64_t tasks = out_tiles(p);
     const int needs_k = layer->d_u_out != NULL, needs_h = needs_k || layer->d_core != NULL;
@@ -810,7 +826,7 @@ static void backward_chunk(int chunk, void *plan_) {
     void *dh_tile = in_room(p, chunk, p->dh_tile), *block = in_room(p, chunk, p->block);
     memset(in_sums(p, chunk, 0), 0, (size_t)p->sums_size);
     if (p->gathers)
-        margins_chunk(chunk, plan_);
+        margins_chunk(chunk, p);
     for (int64_t task = flora_chunk_begin(tasks, chunk, p->chunks);
          task < flora_chunk_begin(tasks, chunk + 1, p->chunks); task++) {
         const tile t = out_tile_of(p, task);
@@ -865,8 +881,7 @@ static void backward_chunk(int chunk, void *plan_) {
     }
 }
 
-static void transposed_chunk(int chunk, void *plan_) {
-    const plan *p = plan_;
+static void transposed_chunk(int chunk, const plan *p) {
     const flora_layer *layer = p->layer;
     const int64_t length = layer->padded[layer->ndim - 1], pieces = (length + LINE_TILE - 1) / LINE_TILE;
     const int64_t tasks = layer->batch * layer->groups * (layer->padded_pixels / length) * pieces;
@@ -878,24 +893,21 @@ static void transposed_chunk(int chunk, void *plan_) {
     }
 }
 
-static void round_h_chunk(int chunk, void *plan_) {
-    const plan *p = plan_;
+static void round_h_chunk(int chunk, const plan *p) {
     const int64_t slices = p->layer->batch * p->layer->groups;
     for (int64_t slice = flora_chunk_begin(slices, chunk, p->chunks);
          slice < flora_chunk_begin(slices, chunk + 1, p->chunks); slice++)
         round_h(p, chunk, slice);
 }
 
-static void fold_chunk(int chunk, void *plan_) {
-    const plan *p = plan_;
+static void fold_chunk(int chunk, const plan *p) {
     const int64_t slices = p->layer->batch * p->layer->groups;
     for (int64_t slice = flora_chunk_begin(slices, chunk, p->chunks);
          slice < flora_chunk_begin(slices, chunk + 1, p->chunks); slice++)
         fold(p, slice);
 }
 
-static void finish_chunk(int chunk, void *plan_) {
-    const plan *p = plan_;
+static void finish_chunk(int chunk, const plan *p) {
     const int64_t tasks = in_tiles(p);
     void *dh_tile = in_room(p, chunk, p->dh_tile);
     for (int64_t task = flora_chunk_begin(tasks, chunk, p->chunks);
@@ -937,8 +949,7 @@ static int64_t core_tap(const flora_layer *layer, const flora_view *core, int64_
     return offset;
 }
 
-static void add_up_chunk(int chunk, void *plan_) {
-    const plan *p = plan_;
+static void add_up_chunk(int chunk, const plan *p) {
     const flora_layer *layer = p->layer;
     if (layer->d_u_in != NULL)
         add_up(p, layer->d_u_in, &layer->x, p->d_u_in, p->in_w, chunk, 1.0);
@@ -1018,12 +1029,20 @@ static int64_t taps_or_none(const flora_layer *layer) {
     return layer->core != NULL ? layer->taps : 0;
 }
 
+/* Multiplications of one pass over all pixels, of the whole layer. */
+static double cost(const flora_layer *layer) {
+    const double in = (double)layer->in_pixels * (double)layer->c_in * (double)layer->r_in;
+    const double out = (double)layer->out_pixels * (double)layer->r_out;
+    const double slices = (double)layer->batch * (double)layer->groups;
+    return 2 * slices * (in + out * ((double)layer->c_out + (double)taps_or_none(layer) * (double)layer->r_in));
+}
+
 /* Sizes and strides that forward and backward share. `spare_h`: h is wanted although the caller has none. */
 static void plan_common(plan *p, const flora_layer *layer, int planes, int spare_h) {
     const size_t real = layer->kernels->real_size;
     p->layer = layer;
     p->kernels = layer->kernels;
-    p->dots = layer->dots;
+    p->dots = flora_isa_dots(layer->act, cost(layer));
     p->numbers = p->dots != NULL && !layer->pointwise ? 2 : 1;
     p->number = p->dots != NULL ? (int64_t)sizeof(uint16_t) : (int64_t)real;
     p->tile = planes ? PLANE_TILE : ROW_TILE;
@@ -1190,14 +1209,6 @@ static void place_taps(plan *p) {
     p->h = layer->h != NULL ? layer->h->data : p->owns_h ? at(p, p->h_scratch) : NULL;
 }
 
-/* Multiplications of one pass over all pixels, of the whole layer. */
-static double cost(const flora_layer *layer) {
-    const double in = (double)layer->in_pixels * (double)layer->c_in * (double)layer->r_in;
-    const double out = (double)layer->out_pixels * (double)layer->r_out;
-    const double slices = (double)layer->batch * (double)layer->groups;
-    return 2 * slices * (in + out * ((double)layer->c_out + (double)taps_or_none(layer) * (double)layer->r_in));
-}
-
 flora_status flora_layer_forward(const flora_layer *layer, char *error) {
     plan p = {.chunks = 1};
     if (layer->batch == 0 || layer->r_in == 0)
@@ -1221,8 +1232,8 @@ flora_status flora_layer_forward(const flora_layer *layer, char *error) {
     if (!layer->pointwise)
         project(&p);
     if (p.h_w > 0)
-        flora_parallel(p.chunks, round_h_chunk, &p);
-    flora_parallel(p.chunks, forward_chunk, &p);
+        in_parallel(&p, round_h_chunk);
+    in_parallel(&p, forward_chunk);
     flora_release(&p.scratch);
     return FLORA_OK;
 }
@@ -1271,19 +1282,19 @@ flora_status flora_layer_backward(const flora_layer *layer, char *error) {
     if (projects && !layer->pointwise)
         project(&p);
     if (p.h_w > 0)
-        flora_parallel(p.chunks, round_h_chunk, &p);
+        in_parallel(&p, round_h_chunk);
     if (empty)
         p.chunks = 1, memset(in_sums(&p, 0, 0), 0, (size_t)p.sums_size);
     else
-        flora_parallel(p.chunks, backward_chunk, &p);
+        in_parallel(&p, backward_chunk);
     if (!empty && !layer->pointwise && needs_dh) {
         if (!p.gathers)
-            flora_parallel(p.chunks, transposed_chunk, &p);
+            in_parallel(&p, transposed_chunk);
         if (layer->geometry.mode != FLORA_PAD_ZEROS && layer->padded_pixels != layer->in_pixels)
-            flora_parallel(p.chunks, fold_chunk, &p);
-        flora_parallel(p.chunks, finish_chunk, &p);
+            in_parallel(&p, fold_chunk);
+        in_parallel(&p, finish_chunk);
     }
-    flora_parallel(p.chunks, add_up_chunk, &p);
+    in_parallel(&p, add_up_chunk);
     flora_release(&p.scratch);
     return FLORA_OK;
 }

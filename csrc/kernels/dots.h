@@ -47,7 +47,9 @@ typedef struct {
 } flora_dots;
 
 #if defined(__x86_64__)
-extern const flora_dots flora_dots_bf16;
+extern const flora_dots flora_dots_bf16; /* AVX512-BF16 */
+extern const flora_dots flora_dots_amx;  /* AMX-BF16 */
 #endif
+extern const flora_dots flora_dots_soft_tiles; /* the body of AMX-BF16 in plain C */
 
 #endif
