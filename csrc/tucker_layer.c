@@ -1259,11 +1259,10 @@ flora_status flora_layer_backward(const flora_layer *layer, char *error) {
         plan_dk(&p);
     if (p.dots != NULL && !layer->pointwise && needs_h && !empty)
         plan_h_copies(&p, layer->d_core != NULL);
-    p.d_u_in =
-        flora_reserve(&sums, layer->d_u_in != NULL ? flora_round_up(layer->c_in, p.lanes) : 0, p.in_w, 1, real);
+    p.d_u_in = flora_reserve(&sums, layer->d_u_in != NULL ? flora_round_up(layer->c_in, p.lanes) : 0, p.in_w, 1, real);
     p.d_core = flora_reserve(&sums, layer->d_core != NULL ? layer->taps : 0, layer->r_in, p.out_w, real);
-    p.d_u_out = flora_reserve(
-        &sums, layer->d_u_out != NULL ? flora_round_up(layer->groups * layer->c_out, p.lanes) : 0, p.out_w, 1, real);
+    p.d_u_out = flora_reserve(&sums, layer->d_u_out != NULL ? flora_round_up(layer->groups * layer->c_out, p.lanes) : 0,
+                              p.out_w, 1, real);
     p.sums_size = (int64_t)sums.size;
     p.sums = flora_reserve(&p.scratch, p.chunks, p.sums_size, 1, 1);
     p.scratch.overflow |= sums.overflow;

@@ -1,19 +1,20 @@
-/* The bfloat16 product on AVX512-BF16: VDPBF16PS multiplies 16 pairs and adds each pair's two products to a float32 sum.
+/* The bfloat16 product on AVX512-BF16: VDPBF16PS multiplies 16 pairs and adds each pair's two products to a float32
+ * sum.
  *
- * A block of rows × vecs sums stays in registers; each pair of steps loads `vecs` vectors of b and broadcasts 32 bits of
- * a for each row. Every sum runs in the order of t and l whatever the block. Where c is float, c_in is added last; where
- * it is bfloat16, c_in is what the sums start from, and they are rounded once.
+ * A block of rows × vecs sums stays in registers; each pair of steps loads `vecs` vectors of b and broadcasts 32 bits
+ * of a for each row. Every sum runs in the order of t and l whatever the block. Where c is float, c_in is added last;
+ * where it is bfloat16, c_in is what the sums start from, and they are rounded once.
  */
 #if defined(__x86_64__)
 
 #    define FLORA_VECTOR_BYTES 64
-#include "dots.h"
-#include "vec.h"
-#include "pairs.inc.h"
+#    include "dots.h"
+#    include "vec.h"
+#    include "pairs.inc.h"
 
 /* The register block: sums in `ROWS` × 2 vectors leave room for b and the broadcast, and are more than the latency of
- * the multiplication (6 cycles) can hide. As many rows of x, whose addresses may differ by a multiple of a page, share a
- * set of the first-level cache, which has 8 or 12 ways: no more than 8. */
+ * the multiplication (6 cycles) can hide. As many rows of x, whose addresses may differ by a multiple of a page, share
+ * a set of the first-level cache, which has 8 or 12 ways: no more than 8. */
 enum { ROWS = 8 };
 
 FLORA_INLINE __m512bh broadcast_pair(const uint16_t *p) {

@@ -62,7 +62,8 @@ static void pair_rounded(void *to_, int64_t width, const void *from_, int64_t fr
     }
 }
 
-static void round_rows(void *to_, int64_t to_m, int64_t width, const void *from_, int64_t from_m, int64_t m, int64_t n) {
+static void round_rows(void *to_, int64_t to_m, int64_t width, const void *from_, int64_t from_m, int64_t m,
+                       int64_t n) {
     u16_any *to = to_;
     const f32_any *from = from_;
     for (int64_t i = 0; i < m; i++, to += to_m, from += from_m)

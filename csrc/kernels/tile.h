@@ -51,14 +51,16 @@ static inline void tile_release(void) {
 }
 
 #    define TILE_ZERO(t) _tile_zero(t)
-#    define TILE_LOAD(t, base, stride) (__extension__({                                                                \
-        TILE_BARRIER();                                                                                                \
-        _tile_loadd(t, base, stride);                                                                                  \
-    }))
-#    define TILE_STORE(t, base, stride) (__extension__({                                                               \
-        _tile_stored(t, base, stride);                                                                                 \
-        TILE_BARRIER();                                                                                                \
-    }))
+#    define TILE_LOAD(t, base, stride)                                                                                 \
+        (__extension__({                                                                                               \
+            TILE_BARRIER();                                                                                            \
+            _tile_loadd(t, base, stride);                                                                              \
+        }))
+#    define TILE_STORE(t, base, stride)                                                                                \
+        (__extension__({                                                                                               \
+            _tile_stored(t, base, stride);                                                                             \
+            TILE_BARRIER();                                                                                            \
+        }))
 #    define TILE_MULTIPLY(c, a, b) _tile_dpbf16ps(c, a, b)
 
 #else
