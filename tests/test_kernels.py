@@ -3,7 +3,7 @@
 A case is drawn by the builder of its function: shapes, layouts in memory, which arguments are None, geometry. Outputs
 lie inside larger buffers of a guard value. The error allowed to an element is `TOLERANCE` times the sum of the
 magnitudes of its terms, which is what the twin gives for the absolute values of all arguments. Where the CPU multiplies
-bfloat16 itself, the operands on the way to it are rounded too; small whole numbers are not, and are held to `TOLERANCE`.
+bfloat16 itself, the operands on the way to it are rounded too; small whole numbers are not, so `TOLERANCE` holds.
 """
 
 import inspect
