@@ -28,6 +28,8 @@ if os.environ.get("FLORA_SANITIZE") == "1":
 FILE_FLAGS = {
     "csrc/kernels/v3.c": ["-march=x86-64-v3"],
     "csrc/kernels/v4.c": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    "csrc/kernels/bf16.c": ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16"],
+    "csrc/kernels/amx.c": ["-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 
 

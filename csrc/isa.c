@@ -1,4 +1,5 @@
 /* The choice of a kernel table. See isa.h. */
+#define _GNU_SOURCE /* syscall */
 #include "isa.h"
 
 #include <stdatomic.h>
@@ -7,6 +8,10 @@
 
 #if defined(__x86_64__)
 #    include <cpuid.h>
+#    if defined(__linux__)
+#        include <sys/syscall.h>
+#        include <unistd.h>
+#    endif
 
 /* clang 14's __builtin_cpu_supports knows neither the level names nor these three, so they are read from cpuid. */
 static int has_f16c_movbe_lzcnt(void) {
@@ -26,6 +31,41 @@ static int has_v4(void) {
            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl");
 }
+
+static int has_bf16(void) {
+    return has_v4() && __builtin_cpu_supports("avx512bf16");
+}
+
+/* The matrix registers that kernels/tile.h counts on: some virtual machines advertise AMX without any. */
+static int has_tiles(void) {
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & (1u << 24)) || !(d & (1u << 22))) /* AMX-TILE, AMX-BF16 */
+        return 0;
+    if (!__get_cpuid_count(0x1d, 0, &a, &b, &c, &d) || a < 1) /* palettes */
+        return 0;
+    if (!__get_cpuid_count(0x1d, 1, &a, &b, &c, &d)) /* palette 1: bytes of a tile, of a row; tiles, rows */
+        return 0;
+    if (a >> 16 < 1024 || (b & 0xffff) < 64 || b >> 16 < 8 || (c & 0xffff) < 16)
+        return 0;
+    return __get_cpuid_count(0x1e, 0, &a, &b, &c, &d) && (b & 0xff) >= 16 && (b >> 8 & 0xffff) >= 64;
+}
+
+/* Linux keeps the state of matrix registers for a process only after it has asked. */
+static int may_use_tiles(void) {
+#    if defined(__linux__)
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#    else
+    return 0;
+#    endif
+}
+
+static int has_amx(void) {
+    static atomic_int known; /* 0: not yet; 1: no; 2: yes */
+    if (atomic_load(&known) == 0)
+        atomic_store(&known, has_bf16() && has_tiles() && may_use_tiles() ? 2 : 1);
+    return atomic_load(&known) == 2;
+}
 #endif
 
 static int always(void) {
@@ -36,21 +76,29 @@ static int always(void) {
 static const struct {
     const char *name;
     const flora_kernels *kernels;
+    const flora_dots *dots, *small; /* of bfloat16, and for small calls; NULL: none */
     int (*supported)(void);
+    int by_name; /* never chosen because another one is not supported */
 } LEVELS[] = {
-    {"portable", flora_kernels_portable, always},
+    {"portable", flora_kernels_portable, NULL, NULL, always, 0},
+    {"soft-tiles", flora_kernels_portable, &flora_dots_soft_tiles, &flora_dots_soft_tiles, always, 1},
 #if defined(__x86_64__)
-    {"v3", flora_kernels_v3, has_v3},
-    {"v4", flora_kernels_v4, has_v4},
+    {"v3", flora_kernels_v3, NULL, NULL, has_v3, 0},
+    {"v4", flora_kernels_v4, NULL, NULL, has_v4, 0},
+    {"v4-bf16", flora_kernels_v4, &flora_dots_bf16, &flora_dots_bf16, has_bf16, 0},
+    {"v4-amx", flora_kernels_v4, &flora_dots_amx, &flora_dots_bf16, has_amx, 0},
 #endif
 };
 
 enum { LEVEL_COUNT = sizeof LEVELS / sizeof *LEVELS };
 
 /* Names of levels of other architectures are no mistake: one FLORA_ISA may serve several machines. */
-static const char *const ORDER[] = {"portable", "v3", "v4"};
+static const char *const ORDER[] = {"portable", "soft-tiles", "v3", "v4", "v4-bf16", "v4-amx"};
 
 static atomic_int current; /* an index of LEVELS */
+
+/* Below, matrix registers are not worth the time that it takes to configure them (some 100 cycles a product). */
+#define SMALL 1e6
 
 static int position(const char *name) {
     for (int i = 0; i < (int)(sizeof ORDER / sizeof *ORDER); i++)
@@ -64,15 +112,15 @@ int flora_isa_init(void) {
     __builtin_cpu_init();
 #endif
     const char *cap = getenv("FLORA_ISA");
-    int limit = LEVEL_COUNT - 1, status = 0;
+    int limit = LEVEL_COUNT - 1, asked = -1, status = 0;
     if (cap != NULL && *cap != '\0') {
-        int asked = position(cap);
+        asked = position(cap);
         if (asked < 0)
             status = -1;
         else if (asked < limit)
             limit = asked;
     }
-    while (!LEVELS[limit].supported())
+    while (!LEVELS[limit].supported() || (LEVELS[limit].by_name && limit != asked))
         limit--;
     atomic_store(&current, limit);
     return status;
@@ -104,4 +152,11 @@ int flora_isa_set(const char *name) {
 
 const flora_kernels *flora_isa_kernels(flora_dtype dtype) {
     return &LEVELS[atomic_load(&current)].kernels[dtype];
+}
+
+const flora_dots *flora_isa_dots(flora_dtype dtype, double multiplications) {
+    const int level = atomic_load(&current);
+    if (dtype != FLORA_BF16)
+        return NULL;
+    return multiplications < SMALL ? LEVELS[level].small : LEVELS[level].dots;
 }

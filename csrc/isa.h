@@ -3,12 +3,15 @@
 #define FLORA_ISA_H
 
 #include "flora.h"
+#include "kernels/dots.h"
 #include "kernels/kernels.h"
 
 /* Probes the CPU and reads FLORA_ISA. Returns 0, or -1 if FLORA_ISA is no name of a level (it is then ignored). */
 int flora_isa_init(void);
 
-/* The level in use: "portable", "v3" (x86-64-v3) or "v4" (x86-64-v4). */
+/* The level in use: "portable", "v3" (x86-64-v3), "v4" (x86-64-v4), "v4-bf16" (v4, and bfloat16 by AVX512-BF16) or
+ * "v4-amx" (v4-bf16, and bfloat16 by AMX-BF16 where there is enough of it). For tests, and only if asked for by name,
+ * there is "soft-tiles": portable, with the logic of v4-amx in plain C. */
 const char *flora_isa_name(void);
 
 /* Writes the names of the levels that this CPU runs, lowest first, to names[0 … max), and returns how many there are.
@@ -20,5 +23,8 @@ int flora_isa_set(const char *name);
 
 /* The table of the level in use for one activation type. */
 const flora_kernels *flora_isa_kernels(flora_dtype dtype);
+
+/* Its products of numbers of that type for a call of about so many multiplications, or NULL if it has none. */
+const flora_dots *flora_isa_dots(flora_dtype dtype, double multiplications);
 
 #endif

@@ -60,6 +60,7 @@ static flora_status check(const arguments *a, flora_layer *layer, char *error) {
     }
 
     *layer = (flora_layer){.kernels = flora_isa_kernels(act),
+                           .act = act,
                            .scale = a->scale,
                            .ndim = ndim,
                            .batch = 1,

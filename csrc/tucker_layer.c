@@ -18,6 +18,7 @@
  */
 #include "tucker_layer.h"
 #include "parallel.h"
+#include "tucker_dots.h"
 
 #include <string.h>
 
@@ -33,9 +34,10 @@ enum {
 typedef struct {
     const flora_layer *layer;
     const flora_kernels *kernels;
+    const flora_dots *dots; /* NULL: activations are widened for products of reals */
     flora_scratch scratch;
     int64_t tile, in_tile, out_tile; /* pixels: the most of any tile, and of one of input or output pixels */
-    int64_t in_w, out_w, y_w, dx_w;
+    int64_t lanes, in_w, out_w, y_w, dx_w;
 
     /* packed factors */
     size_t u_in;      /* (c_in, in_w) */
@@ -63,13 +65,23 @@ typedef struct {
     int64_t dh_interior;
     flora_pixels dh_in;
 
+    /* with dots, dk's image has numbers of bfloat16, and h is read from copies of such */
+    int64_t number;          /* the bytes of a number of dk's image */
+    int64_t numbers;         /* how many numbers of a packed core are in the place of a real */
+    size_t h_rows, h_planes; /* (batch, groups, *padded, h_w) and (batch, groups, r_in, *padded) */
+    int64_t h_w;
+    int by_planes; /* h_planes is there and serves the gradient of the core */
+    flora_pixels h_all, rows_out, planes_out;
+    size_t taps_rows, taps_planes;
+
     /* per chunk */
     int chunks;
     size_t rooms, sums;
     int64_t room_size, sums_size;                                 /* bytes */
     size_t h_tile, k_tile, dk_tile, dh_tile, turned, block, span; /* within a room */
     size_t line_taps_dk, line_taps_core, runs_h, runs_dk;
-    size_t d_u_in, d_core, d_u_out; /* within the sums: (c_in, in_w), (taps, r_in, out_w), (groups · c_out, out_w) */
+    /* within the sums: (c_in, in_w), (taps, r_in, out_w), (groups · c_out, out_w), or as turned_sums says */
+    size_t d_u_in, d_core, d_u_out;
 } plan;
 
 static void *at(const plan *p, size_t offset) {
@@ -159,13 +171,41 @@ static const void *block_of(const plan *p, const flora_field *field, const tile 
     return room;
 }
 
+static flora_dot_tile dot_tile(const plan *p, const flora_field *field, const tile *t, int64_t channels, void *room) {
+    return (flora_dot_tile){.kernels = p->kernels,
+                            .dots = p->dots,
+                            .field = field,
+                            .image = t->image,
+                            .channel = t->group * channels,
+                            .first = t->first,
+                            .pixels = t->pixels,
+                            .tile = p->tile,
+                            .width = flora_max(p->in_w, p->out_w),
+                            .room = room};
+}
+
+/* Whether the sums (channels, width) of a gradient over a field's pixels are kept as (rank, channels) instead. */
+static int turned_sums(const plan *p, const flora_field *field) {
+    return p->dots != NULL && flora_dots_by_rows(field);
+}
+
+/* The width of those sums, of `channels` channels in all. */
+static int64_t sums_w(const plan *p, const flora_field *field, int64_t channels, int64_t width) {
+    return turned_sums(p, field) ? flora_round_up(channels, p->lanes) : width;
+}
+
 /* One pass over a tile (pixels, channels) of x or dy:
- *     product (pixels, product_w) = tile · matrix (channels, product_w)     if product is not NULL
- *     sums (channels, with_w) += tileᵀ · with (pixels, with_w)              if sums is not NULL */
-static void sweep(const plan *p, const flora_field *field, const tile *t, int64_t channels, void *room, void *product,
-                  const void *matrix, int64_t product_w, void *sums, const void *with, int64_t with_w) {
+ *     product (pixels, width) = tile · matrix (channels, rank)     if product is not NULL
+ *     sums (channels, rank) += tileᵀ · with (pixels, width)        if sums is not NULL */
+static void sweep(const plan *p, const flora_field *field, const tile *t, int64_t channels, int64_t rank, void *room,
+                  void *product, const void *matrix, int64_t width, void *sums, int64_t sum_w, const void *with) {
+    if (p->dots != NULL) {
+        const flora_dot_tile dots = dot_tile(p, field, t, channels, room);
+        flora_dots_sweep(&dots, channels, rank, product, matrix, width, sums, sum_w, with);
+        return;
+    }
     if (channels == 0 && product != NULL)
-        memset(product, 0, (size_t)(t->pixels * product_w) * p->kernels->real_size);
+        memset(product, 0, (size_t)(t->pixels * width) * p->kernels->real_size);
     for (int64_t c = 0; c < channels; c += BLOCK) {
         const int64_t count = flora_min(BLOCK, channels - c);
         int64_t a_pixel, a_channel;
@@ -175,29 +215,29 @@ static void sweep(const plan *p, const flora_field *field, const tile *t, int64_
                                                    : reals(p, a, t->pixels * a_pixel - c * a_channel);
         if (product != NULL)
             multiply(p, (flora_gemm){.m = t->pixels,
-                                     .n = product_w,
+                                     .n = width,
                                      .k = count,
                                      .a = a,
                                      .a_m = a_pixel,
                                      .a_k = a_channel,
-                                     .b = reals(p, matrix, c * product_w),
-                                     .b_k = product_w,
+                                     .b = reals(p, matrix, c * width),
+                                     .b_k = width,
                                      .c_in = c ? product : NULL,
                                      .c = product,
-                                     .c_m = product_w,
+                                     .c_m = width,
                                      .ahead = ahead});
         if (sums != NULL)
             multiply(p, (flora_gemm){.m = count,
-                                     .n = with_w,
+                                     .n = width,
                                      .k = t->pixels,
                                      .a = a,
                                      .a_m = a_channel,
                                      .a_k = a_pixel,
                                      .b = with,
-                                     .b_k = with_w,
-                                     .c_in = reals(p, sums, c * with_w),
-                                     .c = reals(p, sums, c * with_w),
-                                     .c_m = with_w,
+                                     .b_k = width,
+                                     .c_in = reals(p, sums, c * sum_w),
+                                     .c = reals(p, sums, c * sum_w),
+                                     .c_m = sum_w,
                                      .ahead = product == NULL ? ahead : NULL});
     }
 }
@@ -205,12 +245,17 @@ static void sweep(const plan *p, const flora_field *field, const tile *t, int64_
 /* y (pixels, channels) += k (pixels, rank) · Uᵀ, y a tile of an output field in either layout.
  * u: (rank, channels, padded) of the group if channels are the vector; (channels, rank) if pixels are. */
 static void expand(const plan *p, const flora_field *field, const tile *t, int64_t channels, const void *k, int64_t k_w,
-                   int64_t rank, const void *u, int64_t u_w, void *turned) {
+                   int64_t rank, const void *u, int64_t u_w, void *room) {
     const int64_t width = p->tile;
     if (rank == 0 || channels == 0)
         return;
+    if (p->dots != NULL) {
+        const flora_dot_tile dots = dot_tile(p, field, t, channels, room);
+        flora_dots_expand(&dots, channels, rank, k, k_w, u, u_w);
+        return;
+    }
     if (field->planes)
-        p->kernels->transpose(turned, width, k, k_w, t->pixels, rank);
+        p->kernels->transpose(room, width, k, k_w, t->pixels, rank);
     for (int64_t done = 0, run; done < t->pixels; done += run) {
         const int64_t offset = flora_pixel_at(&field->pixels, t->first + done, &run);
         run = flora_min(run, t->pixels - done);
@@ -219,7 +264,7 @@ static void expand(const plan *p, const flora_field *field, const tile *t, int64
         if (field->planes) {
             g.m = channels, g.n = run;
             g.a = u, g.a_m = rank, g.a_k = 1;
-            g.b = reals(p, turned, done), g.b_k = width;
+            g.b = reals(p, room, done), g.b_k = width;
             g.c_m = field->channel;
         } else {
             g.m = run, g.n = channels;
@@ -253,6 +298,35 @@ static void store_h(const plan *p, const tile *t, const void *h_tile) {
     }
 }
 
+/* h of one image and group as bfloat16 */
+static uint16_t *h_rows(const plan *p, int64_t image, int64_t group) {
+    return (uint16_t *)at(p, p->h_rows) + (image * p->layer->groups + group) * p->layer->padded_pixels * p->h_w;
+}
+
+static uint16_t *h_planes(const plan *p, int64_t image, int64_t group) {
+    return (uint16_t *)at(p, p->h_planes) +
+           (image * p->layer->groups + group) * p->layer->padded_pixels * p->layer->r_in;
+}
+
+/* Both of them, for one image and group. */
+static void round_h(const plan *p, int chunk, int64_t slice) {
+    const flora_layer *layer = p->layer;
+    const int64_t r = layer->r_in, pixels = layer->padded_pixels;
+    const int64_t image = slice / layer->groups, group = slice % layer->groups;
+    void *h_tile = in_room(p, chunk, p->h_tile), *turned = in_room(p, chunk, p->turned);
+    for (int64_t done = 0, run; done < pixels; done += run) {
+        const int64_t offset = flora_pixel_at(&p->h_all, done, &run);
+        run = flora_min(flora_min(run, pixels - done), p->tile);
+        p->kernels->pack(h_tile, p->in_w, reals(p, p->h, image * p->h_batch + group * r * p->h_channel + offset),
+                         flora_pixel_stride(&p->h_all), p->h_channel, run, r, 1.0);
+        p->dots->round(h_rows(p, image, group) + done * p->h_w, p->h_w, p->h_w, h_tile, p->in_w, run, r);
+        if (!p->by_planes)
+            continue;
+        p->kernels->transpose(turned, p->tile, h_tile, p->in_w, run, r);
+        p->dots->round(h_planes(p, image, group) + done, pixels, run, turned, p->tile, r, run);
+    }
+}
+
 /* How many pixels of a tile, from `first` on, one product of `correlate` takes; *span: the pixels it computes for them.
  * Lines are short where images are deep, and a product with few rows is slow. So it runs on over the pixels between two
  * lines, if they are few, and what it computes there is dropped. */
@@ -279,19 +353,34 @@ static void correlate(const plan *p, const tile *t, const flora_pixels *pixels, 
         int64_t span, run;
         const int64_t offset = flora_pixel_at(pixels, t->first + done, &run);
         taken = correlated(pixels, t->first + done, t->pixels - done, &span);
-        multiply(p, (flora_gemm){.m = span,
-                                 .n = width,
-                                 .k = depth,
-                                 .a = reals(p, image, offset),
-                                 .a_m = flora_pixel_stride(pixels),
-                                 .a_k = channel,
-                                 .b = matrix,
-                                 .b_k = width,
-                                 .taps = p->layer->taps,
-                                 .a_taps = taps,
-                                 .b_taps = matrix_taps,
-                                 .c = span == taken ? reals(p, out, done * width) : span_room,
-                                 .c_m = width});
+        void *to = span == taken ? reals(p, out, done * width) : span_room;
+        if (p->dots != NULL)
+            p->dots->dot(&(flora_dot){.m = span,
+                                      .n = width,
+                                      .k = depth,
+                                      .a = (const uint16_t *)image + offset,
+                                      .a_m = flora_pixel_stride(pixels),
+                                      .b = matrix,
+                                      .b_w = width,
+                                      .taps = p->layer->taps,
+                                      .a_taps = taps,
+                                      .b_taps = matrix_taps,
+                                      .c = to,
+                                      .c_m = width});
+        else
+            multiply(p, (flora_gemm){.m = span,
+                                     .n = width,
+                                     .k = depth,
+                                     .a = reals(p, image, offset),
+                                     .a_m = flora_pixel_stride(pixels),
+                                     .a_k = channel,
+                                     .b = matrix,
+                                     .b_k = width,
+                                     .taps = p->layer->taps,
+                                     .a_taps = taps,
+                                     .b_taps = matrix_taps,
+                                     .c = to,
+                                     .c_m = width});
         if (span == taken)
             continue;
         const int64_t line = pixels->extent[pixels->ndim - 1];
@@ -306,14 +395,20 @@ static void correlate(const plan *p, const tile *t, const flora_pixels *pixels, 
 
 /* k (pixels, out_w) = Σ_tap h(at tap) · G_tapᵀ, from the padded image h */
 static void convolve(const plan *p, int chunk, const tile *t, void *k_tile) {
-    const void *image = reals(p, p->h, t->image * p->h_batch + t->group * p->layer->r_in * p->h_channel);
-    correlate(p, t, &p->h_out, image, p->h_channel, p->layer->r_in, at(p, p->taps_a), at(p, p->core),
-              at(p, p->taps_core), p->out_w, in_room(p, chunk, p->span), k_tile);
+    const flora_layer *layer = p->layer;
+    const void *matrix = at(p, p->core), *matrix_taps = at(p, p->taps_core);
+    void *span = in_room(p, chunk, p->span);
+    if (p->dots != NULL)
+        correlate(p, t, &p->rows_out, h_rows(p, t->image, t->group), 1, layer->r_in, at(p, p->taps_rows), matrix,
+                  matrix_taps, p->out_w, span, k_tile);
+    else
+        correlate(p, t, &p->h_out, reals(p, p->h, t->image * p->h_batch + t->group * layer->r_in * p->h_channel),
+                  p->h_channel, layer->r_in, at(p, p->taps_a), matrix, matrix_taps, p->out_w, span, k_tile);
 }
 
 /* dh (pixels, in_w) = Σ_tap dk(at tap) · G_tap, from dk's image with its margins */
 static void convolve_back(const plan *p, int chunk, const tile *t, void *dh_tile) {
-    const void *image = reals(p, at(p, p->dk), (t->image * p->layer->groups + t->group) * p->dk_size);
+    const void *image = (char *)at(p, p->dk) + (t->image * p->layer->groups + t->group) * p->dk_size * p->number;
     correlate(p, t, &p->dk_in, image, 1, p->layer->r_out, at(p, p->taps_dk), at(p, p->core_t), at(p, p->taps_core_t),
               p->in_w, in_room(p, chunk, p->span), dh_tile);
 }
@@ -322,22 +417,44 @@ static void convolve_back(const plan *p, int chunk, const tile *t, void *dh_tile
  * of equal length are the taps of one product, so that its sums stay in registers. */
 static void core_gradient(const plan *p, int chunk, const tile *t, const void *dk, void *sums) {
     const flora_layer *layer = p->layer;
-    const int64_t *taps = at(p, p->taps_a);
+    const flora_pixels *pixels = p->by_planes ? &p->planes_out : &p->h_out;
+    const int64_t *taps = at(p, p->by_planes ? p->taps_planes : p->taps_a);
     int64_t *runs_h = in_room(p, chunk, p->runs_h), *runs_dk = in_room(p, chunk, p->runs_dk);
     const void *image = reals(p, p->h, t->image * p->h_batch + t->group * layer->r_in * p->h_channel);
     for (int64_t done = 0; done < t->pixels;) {
         int64_t run = 0, runs = 0;
+        uint16_t *pairs = in_room(p, chunk, p->block), *pairs_end = pairs;
         for (int64_t length; done < t->pixels; done += length) {
-            const int64_t offset = flora_pixel_at(&p->h_out, t->first + done, &length);
+            const int64_t offset = flora_pixel_at(pixels, t->first + done, &length);
             length = flora_min(length, t->pixels - done);
             if (runs > 0 && length != run)
                 break;
             run = length;
             runs_h[runs] = offset;
-            runs_dk[runs++] = done * p->out_w;
+            runs_dk[runs++] = p->by_planes ? pairs_end - pairs : done * p->out_w;
+            if (p->by_planes) {
+                p->dots->pair_rounded(pairs_end, p->out_w, reals(p, dk, done * p->out_w), p->out_w, run, layer->r_out);
+                pairs_end += (run + 1) / 2 * 2 * p->out_w;
+            }
         }
         for (int64_t tap = 0; tap < layer->taps; tap++) {
             void *sum = reals(p, sums, tap * layer->r_in * p->out_w);
+            if (p->by_planes) {
+                p->dots->dot(&(flora_dot){.m = layer->r_in,
+                                          .n = p->out_w,
+                                          .k = run,
+                                          .a = h_planes(p, t->image, t->group) + taps[tap],
+                                          .a_m = layer->padded_pixels,
+                                          .b = pairs,
+                                          .b_w = p->out_w,
+                                          .taps = runs,
+                                          .a_taps = runs_h,
+                                          .b_taps = runs_dk,
+                                          .c_in = sum,
+                                          .c = sum,
+                                          .c_m = p->out_w});
+                continue;
+            }
             multiply(p, (flora_gemm){.m = layer->r_in,
                                      .n = p->out_w,
                                      .k = run,
@@ -358,12 +475,17 @@ static void core_gradient(const plan *p, int chunk, const tile *t, const void *d
 
 /* dk's tile into its image */
 static void store_dk(const plan *p, const tile *t, const void *dk_tile) {
-    char *image = reals(p, at(p, p->dk), (t->image * p->layer->groups + t->group) * p->dk_size + p->dk_interior);
+    const int64_t interior = (t->image * p->layer->groups + t->group) * p->dk_size + p->dk_interior;
     for (int64_t done = 0, run; done < t->pixels; done += run) {
         const int64_t offset = flora_pixel_at(&p->dk_out, t->first + done, &run);
         run = flora_min(run, t->pixels - done);
-        p->kernels->copy(reals(p, image, offset), flora_pixel_stride(&p->dk_out), reals(p, dk_tile, done * p->out_w),
-                         p->out_w, 1, run, p->out_w);
+        char *to = (char *)at(p, p->dk) + (interior + offset) * p->number;
+        const void *from = reals(p, dk_tile, done * p->out_w);
+        const int64_t step = flora_pixel_stride(&p->dk_out);
+        if (p->dots != NULL)
+            p->dots->round(to, step, p->out_w, from, p->out_w, run, p->out_w);
+        else
+            p->kernels->copy(to, step, from, p->out_w, 1, run, p->out_w);
     }
 }
 
@@ -463,7 +585,7 @@ static void transposed_line(const plan *p, int64_t line, int64_t begin, int64_t 
         }
         if (reaches) {
             taps_dk[count] = from * layer->out[last] * p->out_w;
-            taps_core[count++] = outer * layer->kernel[last] * core_size;
+            taps_core[count++] = outer * layer->kernel[last] * core_size * p->numbers;
         }
     }
 
@@ -476,20 +598,37 @@ static void transposed_line(const plan *p, int64_t line, int64_t begin, int64_t 
         if (first >= past)
             continue;
         void *to = reals(p, dh, (first * stride + shift) * p->in_w);
-        multiply(p, (flora_gemm){.m = past - first,
-                                 .n = p->in_w,
-                                 .k = layer->r_out,
-                                 .a = reals(p, at(p, p->dk), (line * layer->out_pixels + first) * p->out_w),
-                                 .a_m = p->out_w,
-                                 .a_k = 1,
-                                 .b = reals(p, at(p, p->core_t), tap * core_size),
-                                 .b_k = p->in_w,
-                                 .taps = count,
-                                 .a_taps = taps_dk,
-                                 .b_taps = taps_core,
-                                 .c_in = to,
-                                 .c = to,
-                                 .c_m = stride * p->in_w});
+        const void *from = (char *)at(p, p->dk) + (line * layer->out_pixels + first) * p->out_w * p->number;
+        const void *core = reals(p, at(p, p->core_t), tap * core_size);
+        if (p->dots != NULL)
+            p->dots->dot(&(flora_dot){.m = past - first,
+                                      .n = p->in_w,
+                                      .k = layer->r_out,
+                                      .a = from,
+                                      .a_m = p->out_w,
+                                      .b = core,
+                                      .b_w = p->in_w,
+                                      .taps = count,
+                                      .a_taps = taps_dk,
+                                      .b_taps = taps_core,
+                                      .c_in = to,
+                                      .c = to,
+                                      .c_m = stride * p->in_w});
+        else
+            multiply(p, (flora_gemm){.m = past - first,
+                                     .n = p->in_w,
+                                     .k = layer->r_out,
+                                     .a = from,
+                                     .a_m = p->out_w,
+                                     .a_k = 1,
+                                     .b = core,
+                                     .b_k = p->in_w,
+                                     .taps = count,
+                                     .a_taps = taps_dk,
+                                     .b_taps = taps_core,
+                                     .c_in = to,
+                                     .c = to,
+                                     .c_m = stride * p->in_w});
     }
 }
 
@@ -510,12 +649,12 @@ static void load_dh(const plan *p, const tile *t, void *dh_tile) {
 static void clear_margins(const plan *p, int64_t slice) {
     const flora_layer *layer = p->layer;
     const int last = layer->ndim - 1;
-    const size_t pixel = (size_t)p->out_w * p->kernels->real_size;
+    const size_t pixel = (size_t)(p->out_w * p->number);
     const int64_t before = p->dk_margin[last][0], after = p->dk_margin[last][1],
                   length = before + layer->out[last] + after;
     const int64_t lines = p->dk_size / (length * p->out_w);
     for (int64_t line = 0; line < lines; line++) {
-        char *begin = reals(p, at(p, p->dk), slice * p->dk_size + line * length * p->out_w);
+        char *begin = (char *)at(p, p->dk) + (slice * p->dk_size + line * length * p->out_w) * p->number;
         int inside = 1;
         for (int64_t mode = last - 1, rest = line; mode >= 0; mode--) {
             const int64_t extent = p->dk_margin[mode][0] + layer->out[mode] + p->dk_margin[mode][1];
@@ -568,12 +707,32 @@ static int64_t whole_lines(int64_t most, int64_t line) {
     return line > 0 && line <= most ? most / line * line : most;
 }
 
-static void project_x(const plan *p, const tile *t, void *room, void *h_tile) {
-    sweep(p, &p->layer->x, t, p->layer->c_in, room, h_tile, at(p, p->u_in), p->in_w, NULL, NULL, 0);
+typedef struct {
+    const plan *plan;
+    void (*body)(int chunk, const plan *p);
+} loop;
+
+static void run_chunk(int chunk, void *loop_) {
+    const loop *l = loop_;
+    const flora_dots *dots = l->plan->dots;
+    if (dots != NULL && dots->begin != NULL)
+        dots->begin();
+    l->body(chunk, l->plan);
+    if (dots != NULL && dots->end != NULL)
+        dots->end();
 }
 
-static void pad_chunk(int chunk, void *plan_) {
-    const plan *p = plan_;
+/* body(chunk, p) for all chunks */
+static void in_parallel(const plan *p, void (*body)(int chunk, const plan *p)) {
+    loop l = {.plan = p, .body = body};
+    flora_parallel(p->chunks, run_chunk, &l);
+}
+
+static void project_x(const plan *p, const tile *t, void *room, void *h_tile) {
+    sweep(p, &p->layer->x, t, p->layer->c_in, p->layer->r_in, room, h_tile, at(p, p->u_in), p->in_w, NULL, 0, NULL);
+}
+
+static void pad_chunk(int chunk, const plan *p) {
     const int64_t lines = p->layer->batch * (p->layer->padded_pixels / p->layer->padded[p->layer->ndim - 1]);
     for (int64_t line = flora_chunk_begin(lines, chunk, p->chunks);
          line < flora_chunk_begin(lines, chunk + 1, p->chunks); line++)
@@ -581,12 +740,11 @@ static void pad_chunk(int chunk, void *plan_) {
 }
 
 /* h of all images, tile by tile, in zeros */
-static void project_chunk(int chunk, void *plan_) {
-    const plan *p = plan_;
+static void project_chunk(int chunk, const plan *p) {
     const int64_t tasks = in_tiles(p);
     void *h_tile = in_room(p, chunk, p->h_tile), *block = in_room(p, chunk, p->block);
     if (p->layer->geometry.mode == FLORA_PAD_ZEROS)
-        pad_chunk(chunk, plan_);
+        pad_chunk(chunk, p);
     for (int64_t task = flora_chunk_begin(tasks, chunk, p->chunks);
          task < flora_chunk_begin(tasks, chunk + 1, p->chunks); task++) {
         const tile t = in_tile_of(p, task);
@@ -597,9 +755,9 @@ static void project_chunk(int chunk, void *plan_) {
 
 /* The padded image h from x. */
 static void project(plan *p) {
-    flora_parallel(p->chunks, project_chunk, p);
+    in_parallel(p, project_chunk);
     if (p->layer->geometry.mode != FLORA_PAD_ZEROS) /* which shows the interior, so that has to be there */
-        flora_parallel(p->chunks, pad_chunk, p);
+        in_parallel(p, pad_chunk);
 }
 
 /* k from h's tile: k = h · Gᵀ, or h itself without a core */
@@ -619,8 +777,7 @@ static const void *mix(const plan *p, const tile *t, const void *h_tile, void *k
     return k_tile;
 }
 
-static void forward_chunk(int chunk, void *plan_) {
-    const plan *p = plan_;
+static void forward_chunk(int chunk, const plan *p) {
     const flora_layer *layer = p->layer;
     const int64_t tasks = out_tiles(p);
     void *h_tile = in_room(p, chunk, p->h_tile), *k_tile = in_room(p, chunk, p->k_tile);
@@ -646,15 +803,14 @@ static void forward_chunk(int chunk, void *plan_) {
 static void finish_tile(const plan *p, int chunk, const tile *t, const void *dh_tile) {
     const flora_layer *layer = p->layer;
     if (layer->d_u_in != NULL)
-        sweep(p, &layer->x, t, layer->c_in, in_room(p, chunk, p->block), NULL, NULL, 0, in_sums(p, chunk, p->d_u_in),
-              dh_tile, p->in_w);
+        sweep(p, &layer->x, t, layer->c_in, layer->r_in, in_room(p, chunk, p->block), NULL, NULL, p->in_w,
+              in_sums(p, chunk, p->d_u_in), sums_w(p, &layer->x, layer->c_in, p->in_w), dh_tile);
     if (layer->dx.data != NULL)
         expand(p, &layer->dx, t, layer->c_in, dh_tile, p->in_w, layer->r_in, at(p, p->to_dx), p->dx_w,
                in_room(p, chunk, p->turned));
 }
 
-static void margins_chunk(int chunk, void *plan_) {
-    const plan *p = plan_;
+static void margins_chunk(int chunk, const plan *p) {
     const int64_t slices = p->layer->batch * p->layer->groups;
     for (int64_t slice = flora_chunk_begin(slices, chunk, p->chunks);
          slice < flora_chunk_begin(slices, chunk + 1, p->chunks); slice++)
@@ -662,8 +818,7 @@ static void margins_chunk(int chunk, void *plan_) {
 }
 
 /* Output pixels: dk, dU_out and dG; for a pointwise layer also dh and all the rest. */
-static void backward_chunk(int chunk, void *plan_) {
-    const plan *p = plan_;
+static void backward_chunk(int chunk, const plan *p) {
     const flora_layer *layer = p->layer;
     const int64_t tasks = out_tiles(p);
     const int needs_k = layer->d_u_out != NULL, needs_h = needs_k || layer->d_core != NULL;
@@ -671,7 +826,7 @@ static void backward_chunk(int chunk, void *plan_) {
     void *dh_tile = in_room(p, chunk, p->dh_tile), *block = in_room(p, chunk, p->block);
     memset(in_sums(p, chunk, 0), 0, (size_t)p->sums_size);
     if (p->gathers)
-        margins_chunk(chunk, plan_);
+        margins_chunk(chunk, p);
     for (int64_t task = flora_chunk_begin(tasks, chunk, p->chunks);
          task < flora_chunk_begin(tasks, chunk + 1, p->chunks); task++) {
         const tile t = out_tile_of(p, task);
@@ -688,8 +843,10 @@ static void backward_chunk(int chunk, void *plan_) {
             convolve(p, chunk, &t, k_tile);
         }
         const int64_t u = t.group * layer->c_out * p->out_w;
-        sweep(p, &layer->dy, &t, layer->c_out, block, dk, reals(p, at(p, p->u_out), u), p->out_w,
-              needs_k ? reals(p, in_sums(p, chunk, p->d_u_out), u) : NULL, k, p->out_w);
+        const int64_t sum = turned_sums(p, &layer->dy) ? t.group * layer->c_out : u;
+        sweep(p, &layer->dy, &t, layer->c_out, layer->r_out, block, dk, reals(p, at(p, p->u_out), u), p->out_w,
+              needs_k ? reals(p, in_sums(p, chunk, p->d_u_out), sum) : NULL,
+              sums_w(p, &layer->dy, layer->groups * layer->c_out, p->out_w), k);
         if (!layer->pointwise) {
             if (layer->d_core != NULL)
                 core_gradient(p, chunk, &t, dk, in_sums(p, chunk, p->d_core));
@@ -724,8 +881,7 @@ static void backward_chunk(int chunk, void *plan_) {
     }
 }
 
-static void transposed_chunk(int chunk, void *plan_) {
-    const plan *p = plan_;
+static void transposed_chunk(int chunk, const plan *p) {
     const flora_layer *layer = p->layer;
     const int64_t length = layer->padded[layer->ndim - 1], pieces = (length + LINE_TILE - 1) / LINE_TILE;
     const int64_t tasks = layer->batch * layer->groups * (layer->padded_pixels / length) * pieces;
@@ -737,16 +893,21 @@ static void transposed_chunk(int chunk, void *plan_) {
     }
 }
 
-static void fold_chunk(int chunk, void *plan_) {
-    const plan *p = plan_;
+static void round_h_chunk(int chunk, const plan *p) {
+    const int64_t slices = p->layer->batch * p->layer->groups;
+    for (int64_t slice = flora_chunk_begin(slices, chunk, p->chunks);
+         slice < flora_chunk_begin(slices, chunk + 1, p->chunks); slice++)
+        round_h(p, chunk, slice);
+}
+
+static void fold_chunk(int chunk, const plan *p) {
     const int64_t slices = p->layer->batch * p->layer->groups;
     for (int64_t slice = flora_chunk_begin(slices, chunk, p->chunks);
          slice < flora_chunk_begin(slices, chunk + 1, p->chunks); slice++)
         fold(p, slice);
 }
 
-static void finish_chunk(int chunk, void *plan_) {
-    const plan *p = plan_;
+static void finish_chunk(int chunk, const plan *p) {
     const int64_t tasks = in_tiles(p);
     void *dh_tile = in_room(p, chunk, p->dh_tile);
     for (int64_t task = flora_chunk_begin(tasks, chunk, p->chunks);
@@ -760,14 +921,22 @@ static void finish_chunk(int chunk, void *plan_) {
     }
 }
 
-/* The sums of all chunks, rows [begin, end) of a parameter's gradient. */
-static void add_up(const plan *p, const flora_view *view, size_t sums, int64_t width, int chunk, double scale) {
+/* The sums of all chunks, rows [begin, end) of the gradient of a factor that meets `field`. */
+static void add_up(const plan *p, const flora_view *view, const flora_field *field, size_t sums, int64_t width,
+                   int chunk, double scale) {
     const int64_t begin = flora_chunk_begin(view->shape[0], chunk, p->chunks);
     const int64_t end = flora_chunk_begin(view->shape[0], chunk + 1, p->chunks);
-    if (begin < end)
-        p->kernels->sum(flora_at(view->data, begin * view->strides[0], p->kernels->real_size), view->strides[0],
-                        view->strides[1], reals(p, in_sums(p, 0, sums), begin * width), width, p->chunks,
-                        p->sums_size / (int64_t)p->kernels->real_size, end - begin, view->shape[1], scale);
+    if (begin >= end)
+        return;
+    void *to = flora_at(view->data, begin * view->strides[0], p->kernels->real_size);
+    const int64_t part = p->sums_size / (int64_t)p->kernels->real_size;
+    const int64_t sum_w = sums_w(p, field, view->shape[0], width);
+    if (turned_sums(p, field))
+        p->kernels->sum(to, view->strides[1], view->strides[0], reals(p, in_sums(p, 0, sums), begin), sum_w, p->chunks,
+                        part, view->shape[1], end - begin, scale);
+    else
+        p->kernels->sum(to, view->strides[0], view->strides[1], reals(p, in_sums(p, 0, sums), begin * width), sum_w,
+                        p->chunks, part, end - begin, view->shape[1], scale);
 }
 
 /* The offset of a tap in a core with modes (r_out, r_in, *kernel); taps count in row-major order. */
@@ -780,13 +949,12 @@ static int64_t core_tap(const flora_layer *layer, const flora_view *core, int64_
     return offset;
 }
 
-static void add_up_chunk(int chunk, void *plan_) {
-    const plan *p = plan_;
+static void add_up_chunk(int chunk, const plan *p) {
     const flora_layer *layer = p->layer;
     if (layer->d_u_in != NULL)
-        add_up(p, layer->d_u_in, p->d_u_in, p->in_w, chunk, 1.0);
+        add_up(p, layer->d_u_in, &layer->x, p->d_u_in, p->in_w, chunk, 1.0);
     if (layer->d_u_out != NULL)
-        add_up(p, layer->d_u_out, p->d_u_out, p->out_w, chunk, layer->scale);
+        add_up(p, layer->d_u_out, &layer->dy, p->d_u_out, p->out_w, chunk, layer->scale);
     if (layer->d_core == NULL || layer->d_core->data == NULL)
         return;
     for (int64_t tap = flora_chunk_begin(layer->taps, chunk, p->chunks);
@@ -799,16 +967,28 @@ static void add_up_chunk(int chunk, void *plan_) {
 
 /* Packing ---------------------------------------------------------------------------------------------------------- */
 
-/* (rows, ranks padded to width), the matrix of a projection */
-static void pack_factor(const plan *p, size_t to, const flora_view *u, int64_t width, double scale) {
-    p->kernels->pack(at(p, to), width, u->data, u->strides[0], u->strides[1], u->shape[0], u->shape[1], scale);
+/* A factor (groups · channels, ranks padded to width) as `sweep` wants it for `field`. */
+static void pack_factor(const plan *p, size_t to, const flora_view *u, const flora_field *field, int64_t groups,
+                        int64_t width, double scale) {
+    const int64_t channels = u->shape[0] / groups;
+    if (p->dots == NULL)
+        p->kernels->pack(at(p, to), width, u->data, u->strides[0], u->strides[1], u->shape[0], u->shape[1], scale);
+    else
+        for (int64_t g = 0; g < groups; g++)
+            flora_dots_pack_sweep(p->kernels, p->dots, field, reals(p, at(p, to), g * channels * width), width, u,
+                                  g * channels, channels, scale);
 }
 
 /* A factor as `expand` wants it for `field`, groups one after another: see there. */
 static void pack_expand(const plan *p, size_t to, const flora_view *u, const flora_field *field, int64_t groups,
                         int64_t width, double scale) {
     const int64_t channels = u->shape[0] / groups, rank = u->shape[1];
-    if (field->planes)
+    if (p->dots != NULL)
+        for (int64_t g = 0; g < groups; g++)
+            flora_dots_pack_expand(p->kernels, p->dots, field,
+                                   reals(p, at(p, to), g * rank * (field->planes ? channels : width)), width, u,
+                                   g * channels, channels, scale);
+    else if (field->planes)
         p->kernels->pack(at(p, to), rank, u->data, u->strides[0], u->strides[1], u->shape[0], rank, scale);
     else
         for (int64_t g = 0; g < groups; g++)
@@ -821,20 +1001,26 @@ static void pack_expand(const plan *p, size_t to, const flora_view *u, const flo
 static void pack_core(const plan *p) {
     const flora_layer *layer = p->layer;
     const flora_view *core = layer->core;
-    for (int64_t tap = 0; core != NULL && tap < layer->taps; tap++)
-        p->kernels->pack(reals(p, at(p, p->core), tap * layer->r_in * p->out_w), p->out_w,
-                         flora_at(core->data, core_tap(layer, core, tap), p->kernels->real_size), core->strides[1],
-                         core->strides[0], layer->r_in, layer->r_out, 1.0);
+    for (int64_t tap = 0; core != NULL && tap < layer->taps; tap++) {
+        void *to = reals(p, at(p, p->core), tap * layer->r_in * p->out_w);
+        p->kernels->pack(to, p->out_w, flora_at(core->data, core_tap(layer, core, tap), p->kernels->real_size),
+                         core->strides[1], core->strides[0], layer->r_in, layer->r_out, 1.0);
+        if (p->numbers > 1)
+            p->dots->pair_rounded(to, p->out_w, to, p->out_w, layer->r_in, layer->r_out);
+    }
 }
 
 /* (taps, r_out, in_w), the core of the transposed convolution */
 static void pack_core_t(const plan *p) {
     const flora_layer *layer = p->layer;
     const flora_view *core = layer->core;
-    for (int64_t tap = 0; core != NULL && tap < layer->taps; tap++)
-        p->kernels->pack(reals(p, at(p, p->core_t), tap * layer->r_out * p->in_w), p->in_w,
-                         flora_at(core->data, core_tap(layer, core, tap), p->kernels->real_size), core->strides[0],
-                         core->strides[1], layer->r_out, layer->r_in, 1.0);
+    for (int64_t tap = 0; core != NULL && tap < layer->taps; tap++) {
+        void *to = reals(p, at(p, p->core_t), tap * layer->r_out * p->in_w);
+        p->kernels->pack(to, p->in_w, flora_at(core->data, core_tap(layer, core, tap), p->kernels->real_size),
+                         core->strides[0], core->strides[1], layer->r_out, layer->r_in, 1.0);
+        if (p->numbers > 1)
+            p->dots->pair_rounded(to, p->in_w, to, p->in_w, layer->r_out, layer->r_in);
+    }
 }
 
 /* Plans ------------------------------------------------------------------------------------------------------------ */
@@ -843,18 +1029,30 @@ static int64_t taps_or_none(const flora_layer *layer) {
     return layer->core != NULL ? layer->taps : 0;
 }
 
+/* Multiplications of one pass over all pixels, of the whole layer. */
+static double cost(const flora_layer *layer) {
+    const double in = (double)layer->in_pixels * (double)layer->c_in * (double)layer->r_in;
+    const double out = (double)layer->out_pixels * (double)layer->r_out;
+    const double slices = (double)layer->batch * (double)layer->groups;
+    return 2 * slices * (in + out * ((double)layer->c_out + (double)taps_or_none(layer) * (double)layer->r_in));
+}
+
 /* Sizes and strides that forward and backward share. `spare_h`: h is wanted although the caller has none. */
 static void plan_common(plan *p, const flora_layer *layer, int planes, int spare_h) {
     const size_t real = layer->kernels->real_size;
     p->layer = layer;
     p->kernels = layer->kernels;
+    p->dots = flora_isa_dots(layer->act, cost(layer));
+    p->numbers = p->dots != NULL && !layer->pointwise ? 2 : 1;
+    p->number = p->dots != NULL ? (int64_t)sizeof(uint16_t) : (int64_t)real;
     p->tile = planes ? PLANE_TILE : ROW_TILE;
     p->in_tile = layer->pointwise ? p->tile : whole_lines(p->tile, layer->in[layer->ndim - 1]);
     p->out_tile = layer->pointwise ? p->tile : whole_lines(p->tile, layer->out[layer->ndim - 1]);
-    p->in_w = flora_round_up(layer->r_in, p->kernels->lanes);
-    p->out_w = flora_round_up(layer->r_out, p->kernels->lanes);
-    p->y_w = flora_round_up(layer->c_out, p->kernels->lanes);
-    p->dx_w = flora_round_up(layer->c_in, p->kernels->lanes);
+    p->lanes = p->dots != NULL ? flora_max(p->kernels->lanes, FLORA_PAIR_LANES) : p->kernels->lanes;
+    p->in_w = flora_round_up(layer->r_in, p->lanes);
+    p->out_w = flora_round_up(layer->r_out, p->lanes);
+    p->y_w = flora_round_up(layer->c_out, p->lanes);
+    p->dx_w = flora_round_up(layer->c_in, p->lanes);
 
     /* h's own layout, or the caller's */
     int64_t pixel = layer->groups * layer->r_in, stride[FLORA_MAX_SPATIAL];
@@ -895,6 +1093,28 @@ static void plan_common(plan *p, const flora_layer *layer, int planes, int spare
     p->taps_core = flora_reserve(&p->scratch, layer->taps, 1, 1, sizeof(int64_t));
 }
 
+/* The copies of h. The gradient of the core sums over pixels, which must be neighbours for it. */
+static void plan_h_copies(plan *p, int core_gradient) {
+    const flora_layer *layer = p->layer;
+    int64_t rows[FLORA_MAX_SPATIAL], planes[FLORA_MAX_SPATIAL], pixels = 1;
+    p->h_w = layer->r_in + layer->r_in % 2;
+    for (int mode = layer->ndim - 1; mode >= 0; mode--) {
+        planes[mode] = pixels * layer->geometry.stride[mode];
+        rows[mode] = planes[mode] * p->h_w;
+        pixels *= layer->padded[mode];
+    }
+    p->h_all = flora_pixels_of(layer->ndim, layer->padded, p->h_stride);
+    p->rows_out = flora_pixels_of(layer->ndim, layer->out, rows);
+    p->planes_out = flora_pixels_of(layer->ndim, layer->out, planes);
+    p->by_planes = core_gradient && flora_pixel_stride(&p->planes_out) == 1;
+    p->h_rows = flora_reserve(&p->scratch, layer->batch * layer->groups, pixels, p->h_w, sizeof(uint16_t));
+    p->taps_rows = flora_reserve(&p->scratch, layer->taps, 1, 1, sizeof(int64_t));
+    if (p->by_planes) {
+        p->h_planes = flora_reserve(&p->scratch, layer->batch * layer->groups, pixels, layer->r_in, sizeof(uint16_t));
+        p->taps_planes = flora_reserve(&p->scratch, layer->taps, 1, 1, sizeof(int64_t));
+    }
+}
+
 /* dk's image: with margins, such that all taps of every input pixel are in it, where dh can be gathered from it. Else,
  * with strides, or a padding that receives a gradient of its own, the transposed convolution scatters. */
 static void plan_dk(plan *p) {
@@ -915,7 +1135,7 @@ static void plan_dk(plan *p) {
     }
     p->dk_out = flora_pixels_of(layer->ndim, layer->out, stride);
     p->dk_in = flora_pixels_of(layer->ndim, layer->in, stride);
-    p->dk = flora_reserve(&p->scratch, layer->batch * layer->groups, p->dk_size, 1, p->kernels->real_size);
+    p->dk = flora_reserve(&p->scratch, layer->batch * layer->groups, p->dk_size, 1, (size_t)p->number);
     if (p->gathers) {
         p->taps_dk = flora_reserve(&p->scratch, layer->taps, 1, 1, sizeof(int64_t));
         p->taps_core_t = flora_reserve(&p->scratch, layer->taps, 1, 1, sizeof(int64_t));
@@ -934,7 +1154,10 @@ static void plan_rooms(plan *p, int64_t line_taps) {
     p->dk_tile = flora_reserve(&room, p->tile, p->out_w, 1, real);
     p->dh_tile = flora_reserve(&room, p->tile, p->in_w, 1, real);
     p->turned = flora_reserve(&room, p->tile, flora_max(p->in_w, p->out_w), 1, real);
-    p->block = flora_reserve(&room, p->tile, BLOCK, 1, real);
+    if (p->dots != NULL)
+        p->block = p->turned = flora_reserve(&room, flora_dots_room(p->tile, flora_max(p->in_w, p->out_w)), 1, 1, 1);
+    else
+        p->block = flora_reserve(&room, p->tile, BLOCK, 1, real);
     if (!p->layer->pointwise) {
         p->span = flora_reserve(&room, 2 * p->tile, flora_max(p->in_w, p->out_w), 1, real);
         p->runs_h = flora_reserve(&room, p->tile, 1, 1, sizeof(int64_t));
@@ -958,7 +1181,18 @@ static void place_taps(plan *p) {
             rest /= layer->kernel[mode];
         }
         taps[tap] = offset;
-        core[tap] = tap * layer->r_in * p->out_w;
+        core[tap] = tap * layer->r_in * p->out_w * p->numbers;
+    }
+    for (int64_t tap = 0; p->h_w > 0 && tap < layer->taps; tap++) {
+        int64_t rest = tap, offset = 0, size = 1;
+        for (int mode = layer->ndim - 1; mode >= 0; mode--) {
+            offset += rest % layer->kernel[mode] * layer->geometry.dilation[mode] * size;
+            rest /= layer->kernel[mode];
+            size *= layer->padded[mode];
+        }
+        ((int64_t *)at(p, p->taps_rows))[tap] = offset * p->h_w;
+        if (p->by_planes)
+            ((int64_t *)at(p, p->taps_planes))[tap] = offset;
     }
     for (int64_t tap = 0; p->gathers && tap < layer->taps; tap++) {
         int64_t *taps_dk = at(p, p->taps_dk), *core_t = at(p, p->taps_core_t);
@@ -970,17 +1204,9 @@ static void place_taps(plan *p) {
             size *= p->dk_margin[mode][0] + layer->out[mode] + p->dk_margin[mode][1];
         }
         taps_dk[tap] = offset;
-        core_t[tap] = tap * layer->r_out * p->in_w;
+        core_t[tap] = tap * layer->r_out * p->in_w * p->numbers;
     }
     p->h = layer->h != NULL ? layer->h->data : p->owns_h ? at(p, p->h_scratch) : NULL;
-}
-
-/* Multiplications of one pass over all pixels, of the whole layer. */
-static double cost(const flora_layer *layer) {
-    const double in = (double)layer->in_pixels * (double)layer->c_in * (double)layer->r_in;
-    const double out = (double)layer->out_pixels * (double)layer->r_out;
-    const double slices = (double)layer->batch * (double)layer->groups;
-    return 2 * slices * (in + out * ((double)layer->c_out + (double)taps_or_none(layer) * (double)layer->r_in));
 }
 
 flora_status flora_layer_forward(const flora_layer *layer, char *error) {
@@ -993,17 +1219,21 @@ flora_status flora_layer_forward(const flora_layer *layer, char *error) {
     plan_rooms(&p, 0);
     p.u_in = flora_reserve(&p.scratch, layer->c_in, p.in_w, 1, real);
     p.to_y = flora_reserve(&p.scratch, layer->groups, layer->r_out, p.y_w, real);
+    if (p.dots != NULL && !layer->pointwise)
+        plan_h_copies(&p, 0);
     flora_status status = flora_allocate(&p.scratch, error);
     if (status != FLORA_OK)
         return status;
 
     place_taps(&p);
-    pack_factor(&p, p.u_in, layer->u_in, p.in_w, 1.0);
+    pack_factor(&p, p.u_in, layer->u_in, &layer->x, 1, p.in_w, 1.0);
     pack_core(&p);
     pack_expand(&p, p.to_y, layer->u_out, &layer->y, layer->groups, p.y_w, layer->scale);
     if (!layer->pointwise)
         project(&p);
-    flora_parallel(p.chunks, forward_chunk, &p);
+    if (p.h_w > 0)
+        in_parallel(&p, round_h_chunk);
+    in_parallel(&p, forward_chunk);
     flora_release(&p.scratch);
     return FLORA_OK;
 }
@@ -1027,9 +1257,12 @@ flora_status flora_layer_backward(const flora_layer *layer, char *error) {
         p.to_dx = flora_reserve(&p.scratch, layer->r_in, p.dx_w, 1, real);
     if (!layer->pointwise && needs_dh)
         plan_dk(&p);
-    p.d_u_in = flora_reserve(&sums, layer->d_u_in != NULL ? layer->c_in : 0, p.in_w, 1, real);
+    if (p.dots != NULL && !layer->pointwise && needs_h && !empty)
+        plan_h_copies(&p, layer->d_core != NULL);
+    p.d_u_in = flora_reserve(&sums, layer->d_u_in != NULL ? flora_round_up(layer->c_in, p.lanes) : 0, p.in_w, 1, real);
     p.d_core = flora_reserve(&sums, layer->d_core != NULL ? layer->taps : 0, layer->r_in, p.out_w, real);
-    p.d_u_out = flora_reserve(&sums, layer->d_u_out != NULL ? layer->groups * layer->c_out : 0, p.out_w, 1, real);
+    p.d_u_out = flora_reserve(&sums, layer->d_u_out != NULL ? flora_round_up(layer->groups * layer->c_out, p.lanes) : 0,
+                              p.out_w, 1, real);
     p.sums_size = (int64_t)sums.size;
     p.sums = flora_reserve(&p.scratch, p.chunks, p.sums_size, 1, 1);
     p.scratch.overflow |= sums.overflow;
@@ -1038,27 +1271,29 @@ flora_status flora_layer_backward(const flora_layer *layer, char *error) {
         return status;
 
     place_taps(&p);
-    pack_factor(&p, p.u_out, layer->u_out, p.out_w, layer->scale);
+    pack_factor(&p, p.u_out, layer->u_out, &layer->dy, layer->groups, p.out_w, layer->scale);
     pack_core(&p);
     pack_core_t(&p);
     if (projects)
-        pack_factor(&p, p.u_in, layer->u_in, p.in_w, 1.0);
+        pack_factor(&p, p.u_in, layer->u_in, &layer->x, 1, p.in_w, 1.0);
     if (layer->dx.data != NULL)
         pack_expand(&p, p.to_dx, layer->u_in, &layer->dx, 1, p.dx_w, 1.0);
     if (projects && !layer->pointwise)
         project(&p);
+    if (p.h_w > 0)
+        in_parallel(&p, round_h_chunk);
     if (empty)
         p.chunks = 1, memset(in_sums(&p, 0, 0), 0, (size_t)p.sums_size);
     else
-        flora_parallel(p.chunks, backward_chunk, &p);
+        in_parallel(&p, backward_chunk);
     if (!empty && !layer->pointwise && needs_dh) {
         if (!p.gathers)
-            flora_parallel(p.chunks, transposed_chunk, &p);
+            in_parallel(&p, transposed_chunk);
         if (layer->geometry.mode != FLORA_PAD_ZEROS && layer->padded_pixels != layer->in_pixels)
-            flora_parallel(p.chunks, fold_chunk, &p);
-        flora_parallel(p.chunks, finish_chunk, &p);
+            in_parallel(&p, fold_chunk);
+        in_parallel(&p, finish_chunk);
     }
-    flora_parallel(p.chunks, add_up_chunk, &p);
+    in_parallel(&p, add_up_chunk);
     flora_release(&p.scratch);
     return FLORA_OK;
 }

@@ -16,6 +16,7 @@ typedef struct {
  * one image and its rows as pixels. */
 typedef struct {
     const flora_kernels *kernels;
+    flora_dtype act;
     double scale;
     int64_t batch, groups, c_in, c_out, r_in, r_out; /* c_in and c_out: channels of one group */
 

@@ -29,6 +29,9 @@ TOLERANCE = {
 """The error that one element of a result may have, by the dtype it is written in, relative to the sum of the magnitudes
 of all terms that it is made of. For the 16-bit types: one rounding of a float32 sum."""
 
+NATIVE_BFLOAT16 = ("soft-tiles", "v4-bf16", "v4-amx")
+"""The instruction sets that multiply bfloat16 themselves: whatever meets bfloat16 activations is rounded to it once."""
+
 
 @pytest.fixture(params=_core.info()["isa_available"], scope="module")
 def isa(request):

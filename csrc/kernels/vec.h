@@ -158,6 +158,14 @@ FLORA_INLINE f32v bf16_widen(u16v v) {
     return (f32v)(__builtin_convertvector(v, u32v) << 16);
 }
 
+#if FLORA_VECTOR_BYTES == 64 && defined(__AVX512BF16__)
+
+FLORA_INLINE u16v bf16_narrow(f32v v) { /* subnormal numbers become zero */
+    return (u16v)_mm512_cvtneps_pbh((__m512)v);
+}
+
+#else
+
 FLORA_INLINE u16v bf16_narrow(f32v v) {
     u32v bits = (u32v)v;
     u32v rounded = bits + 0x7fff + ((bits >> 16) & 1);
@@ -165,6 +173,8 @@ FLORA_INLINE u16v bf16_narrow(f32v v) {
     u32v nan = (u32v)(v != v);
     return __builtin_convertvector(((rounded & ~nan) | (quiet & nan)) >> 16, u16v);
 }
+
+#endif
 
 /* float16 --------------------------------------------------------------------------------------------------------- */
 

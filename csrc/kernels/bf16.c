@@ -1,0 +1,119 @@
+/* The bfloat16 product on AVX512-BF16: VDPBF16PS multiplies 16 pairs and adds each pair's two products to a float32
+ * sum.
+ *
+ * A block of rows × vecs sums stays in registers; each pair of steps loads `vecs` vectors of b and broadcasts 32 bits
+ * of a for each row. Every sum runs in the order of t and l whatever the block. Where c is float, c_in is added last;
+ * where it is bfloat16, c_in is what the sums start from, and they are rounded once.
+ */
+#if defined(__x86_64__)
+
+#    define FLORA_VECTOR_BYTES 64
+#    include "dots.h"
+#    include "vec.h"
+#    include "pairs.inc.h"
+
+/* The register block: sums in `ROWS` × 2 vectors leave room for b and the broadcast, and are more than the latency of
+ * the multiplication (6 cycles) can hide. As many rows of x, whose addresses may differ by a multiple of a page, share
+ * a set of the first-level cache, which has 8 or 12 ways: no more than 8. */
+enum { ROWS = 8 };
+
+FLORA_INLINE __m512bh broadcast_pair(const uint16_t *p) {
+    int32_t pair;
+    memcpy(&pair, p, sizeof pair);
+    return (__m512bh)_mm512_set1_epi32(pair);
+}
+
+FLORA_INLINE void block(const int rows, const int vecs, const int act, const flora_dot *g, int64_t i, int64_t j) {
+    f32v sum[ROWS][2];
+    const uint16_t *a = g->a + i * g->a_m, *b = g->b + 2 * j;
+    const int64_t a_m = g->a_m, b_k = 2 * g->b_w, c_m = g->c_m, at = i * c_m + j;
+    const int64_t last = g->n - j - (vecs - 1) * LANES, width = last < LANES ? last : LANES;
+    FLORA_UNROLL
+    for (int r = 0; r < rows; r++) {
+        FLORA_UNROLL
+        for (int v = 0; v < vecs; v++) {
+            const uint16_t *from = (const uint16_t *)g->c_in + at + r * c_m + v * LANES;
+            if (act)
+                sum[r][v] = v == vecs - 1 && width < LANES ? bf16_load_part(from, width) : bf16_load(from);
+            else
+                sum[r][v] = (f32v){0};
+        }
+    }
+    for (int64_t t = 0; t < g->taps; t++) {
+        const uint16_t *a_l = g->a_taps ? a + g->a_taps[t] : a;
+        const uint16_t *b_l = g->b_taps ? b + g->b_taps[t] : b;
+        for (int64_t l = g->k / 2; l > 0; l--, a_l += 2, b_l += b_k) {
+            FLORA_UNROLL
+            for (int r = 0; r < rows; r++) {
+                FLORA_UNROLL
+                for (int v = 0; v < vecs; v++)
+                    sum[r][v] = (f32v)_mm512_dpbf16_ps((__m512)sum[r][v], broadcast_pair(a_l + r * a_m),
+                                                       (__m512bh)_mm512_loadu_si512(b_l + 2 * v * LANES));
+            }
+        }
+        if (g->k % 2 != 0) {
+            FLORA_UNROLL
+            for (int r = 0; r < rows; r++) {
+                const __m512bh single = (__m512bh)_mm512_set1_epi32(a_l[r * a_m]);
+                FLORA_UNROLL
+                for (int v = 0; v < vecs; v++)
+                    sum[r][v] = (f32v)_mm512_dpbf16_ps((__m512)sum[r][v], single,
+                                                       (__m512bh)_mm512_loadu_si512(b_l + 2 * v * LANES));
+            }
+        }
+    }
+    FLORA_UNROLL
+    for (int r = 0; r < rows; r++) {
+        FLORA_UNROLL
+        for (int v = 0; v < vecs; v++) {
+            const int64_t to = at + r * c_m + v * LANES;
+            const int part = v == vecs - 1 && width < LANES;
+            if (act) {
+                if (part)
+                    bf16_store_part((uint16_t *)g->c + to, sum[r][v], width);
+                else
+                    bf16_store((uint16_t *)g->c + to, sum[r][v]);
+            } else {
+                const float *from = g->c_in ? (const float *)g->c_in + to : NULL;
+                if (from != NULL)
+                    sum[r][v] += part ? f32_load_part(from, width) : f32_load(from);
+                if (part)
+                    f32_store_part((float *)g->c + to, sum[r][v], width);
+                else
+                    f32_store((float *)g->c + to, sum[r][v]);
+            }
+        }
+    }
+}
+
+/* c (rows, n) from row i on, rows a constant: panels of two vectors, then of one. */
+FLORA_INLINE void strip(const int rows, const int act, const flora_dot *g, int64_t i) {
+    int64_t j = 0;
+    for (; g->n - j > LANES; j += 2 * LANES)
+        block(rows, 2, act, g, i, j);
+    if (j < g->n)
+        block(rows, 1, act, g, i, j);
+}
+
+FLORA_INLINE void strips(const int act, const flora_dot *g) {
+    int64_t i = 0;
+    for (; g->m - i >= ROWS; i += ROWS)
+        strip(ROWS, act, g, i);
+    for (; g->m - i >= ROWS / 2; i += ROWS / 2)
+        strip(ROWS / 2, act, g, i);
+    for (; i < g->m; i++)
+        strip(1, act, g, i);
+}
+
+static void dot(const flora_dot *g) {
+    strips(0, g);
+}
+
+static void dot_act(const flora_dot *g) {
+    strips(1, g);
+}
+
+const flora_dots flora_dots_bf16 = {
+    .dot = dot, .dot_act = dot_act, .pair = pair, .pair_rounded = pair_rounded, .round = round_rows};
+
+#endif
