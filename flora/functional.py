@@ -276,6 +276,62 @@ class _Effective(torch.autograd.Function):
         return None, None, None, dx, dw.to(weight.dtype) if needs[1] and dw is not None else None, db, *parts
 
 
+class _Separate(torch.autograd.Function):
+    """y = op(x, W, b) + op(dropout(x), s·ΔW), the second in the factors' dtype.
+
+    Keeps x alone: the mask is drawn again from its seed, s·ΔW built again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        op: Op,
+        scale: float,
+        dropout: float,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        core: Tensor,
+        *factors: Tensor,
+    ) -> Tensor:
+        ctx.op, ctx.scale, ctx.dropout, ctx.seed = op, scale, dropout, _seed()
+        ctx.save_for_backward(x, weight, bias if ctx.needs_input_grad[5] else None, core, *factors)
+        return _separate(op, x, weight, bias, Tucker(core, factors, scale), dropout, ctx.seed)
+
+    @staticmethod
+    @_exactly
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, bias, core, *factors = ctx.saved_tensors
+        op, tucker, needs = ctx.op, Tucker(core, tuple(factors), ctx.scale), ctx.needs_input_grad[3:]
+        kept = _kept(x, ctx.dropout, ctx.seed)
+        if _by_twin(dy):
+
+            def twin(x: Tensor, weight: Tensor, bias: Tensor | None, *parts: Tensor) -> Tensor:
+                delta = reference.reconstruct(parts[0], parts[1:], ctx.scale)
+                return _add_to(op.base(x, weight, bias), op.base((x * kept).to(delta.dtype), delta, None))
+
+            return None, None, None, *_twin_grads(twin, (x, weight, bias, core, *factors), needs, dy)
+        dx, dw, db = op.base_backward(dy, x, weight, needs[:3])
+        of_delta = any(needs[3:])
+        delta = reconstruct(None, tucker)
+        wanted = (needs[0], of_delta, False)
+        d_dropped, d_delta, _ = op.base_backward(dy.to(delta.dtype), (x * kept).to(delta.dtype), delta, wanted)
+        if dx is not None:
+            dx = _add_to(dx, d_dropped * kept)
+        parts = project(d_delta, tucker, needs[3:]) if of_delta else (None,) * len(needs[3:])
+        return None, None, None, dx, None if dw is None else dw.to(weight.dtype), db, *parts
+
+
+def _separate(
+    op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, tucker: Tucker, dropout: float, seed: int
+) -> Tensor:
+    dropped = x * _kept(x, dropout, seed)
+    delta = reconstruct(None, tucker)
+    with _exact("cpu"):
+        added = op.base(dropped.to(delta.dtype), delta, None)
+    return _add_to(op.base(x, weight, bias), added)
+
+
 class _Reconstruct(torch.autograd.Function):
     """W' = W + s·ΔW, or s·ΔW alone where W is None."""
 
@@ -334,7 +390,12 @@ def _direct(node: type[torch.autograd.Function]) -> Callable[..., Any]:
     return apply
 
 
-_fused, _effective = _direct(_Fused), _direct(_Effective)
+_NODES = {
+    "fused": _direct(_Fused),
+    "hybrid": _direct(_Effective),
+    "merged": _direct(_Effective),
+    "separate": _direct(_Separate),
+}
 
 
 # What layers call --------------------------------------------------------------------------------------------------
@@ -343,11 +404,14 @@ _fused, _effective = _direct(_Fused), _direct(_Effective)
 def resolve_plan(op: Op, x: Tensor, weight: Tensor, tucker: Tucker, plan: str, dropout: float, grad: bool) -> str:
     """The plan that runs: ``plan`` itself, or for "auto" the cheapest by `flora.plan`, if dropout and dtype allow it.
 
-    hybrid and merged need the same x for W and ΔW: with dropout hybrid becomes fused and merged becomes separate. Below
-    float32, where W + s·ΔW is multiplied in float32, hybrid becomes fused, too.
+    hybrid keeps x for backward, fused keeps h alone where neither the input's factor nor W learns: "auto" then prefers
+    memory to a little time. hybrid and merged need the same x for W and ΔW: with dropout hybrid becomes fused and merged
+    becomes separate. Below float32, where W + s·ΔW is multiplied in float32, hybrid becomes fused, too.
     """
     if plan == "auto":
         plan = op.plan(x, weight, tucker.core, grad)
+        if plan == "hybrid" and grad and not (weight.requires_grad or tucker.factors[1].requires_grad):
+            return "fused"
     if plan == "hybrid" and (dropout > 0 or weight.dtype in _BELOW_FLOAT32):
         return "fused"
     return "separate" if plan == "merged" and dropout > 0 else plan
@@ -396,15 +460,12 @@ def adapted(
         or (bias is not None and bias.requires_grad)
     )
     plan = resolve_plan(op, x, weight, tucker, plan, dropout, grad)
-    if plan == "separate":
-        delta = effective_weight(None, tucker)
-        with _exact("cpu"):
-            added = op.base(_dropped(x, dropout).to(delta.dtype), delta, None)
-        return _add_to(op.base(x, weight, bias), added)
     if grad:
-        apply, option = (_fused, dropout) if plan == "fused" else (_effective, plan == "hybrid")
+        apply, option = _NODES[plan], dropout if plan in ("fused", "separate") else plan == "hybrid"
         out: Tensor = apply(op, scale, option, x, weight, bias, core, *factors)
         return out
+    if plan == "separate":
+        return _separate(op, x, weight, bias, tucker, dropout, _seed())
     if plan == "fused":
         return op.update_(op.base(x, weight, bias), _dropped(x, dropout), tucker, want_h=False)[0]
     return _with_effective(op, x, weight, bias, tucker)
