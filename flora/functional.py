@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flora import reference
-from flora.ops import Op, Tucker, info, project, reconstruct, takes, zero_output
+from flora.ops import Op, Tucker, dropout_factor, info, project, reconstruct, takes, zero_output
 
 __all__ = [
     "Tucker",
@@ -160,7 +160,7 @@ class _Fused(torch.autograd.Function):
         dropped = x
         if dropout > 0:
             ctx.seed = _seed()
-            dropped = x * _kept(x, dropout, ctx.seed)
+            dropped = x * dropout_factor(x, dropout, ctx.seed)
         y, h = op.update_(op.base(x, weight, bias), dropped, Tucker(core, factors, scale), want_h=any(needs[6:]))
         of_input = needs[4] or needs[8]  # W; factors[1], the input's
         ctx.x_like = None if of_input else (x.shape, x.dtype, x.stride())
@@ -181,7 +181,7 @@ class _Fused(torch.autograd.Function):
         if x is None:  # only its shape and layout matter from here on
             shape, dtype, stride = ctx.x_like
             x = torch.empty_strided(shape, stride, dtype=dtype)
-        kept = _kept(x, ctx.dropout, ctx.seed) if ctx.dropout > 0 else None
+        kept = dropout_factor(x, ctx.dropout, ctx.seed) if ctx.dropout > 0 else None
         if by_twin:
 
             def twin(x: Tensor, weight: Tensor, bias: Tensor | None, *parts: Tensor) -> Tensor:
@@ -205,20 +205,13 @@ class _Fused(torch.autograd.Function):
         return None, None, None, dx, dw, db, *d_parts
 
 
-def _kept(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """What dropout multiplies x by: 0 or 1 / (1 - dropout), the same for the same seed."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    mask = torch.empty(x.shape, dtype=x.dtype, device="cpu").bernoulli_(1 - dropout, generator=generator)
-    return mask.div_(1 - dropout)
-
-
 def _seed() -> int:
     return int(torch.randint(2**62, (), device="cpu"))
 
 
 def _dropped(x: Tensor, dropout: float) -> Tensor:
     """Dropout on a tensor that C may see: one stream of masks, with gradients and without."""
-    return x * _kept(x, dropout, _seed()) if dropout > 0 else x
+    return x * dropout_factor(x, dropout, _seed()) if dropout > 0 else x
 
 
 def _with_effective(op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, tucker: Tucker) -> Tensor:
@@ -303,7 +296,7 @@ class _Separate(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, core, *factors = ctx.saved_tensors
         op, tucker, needs = ctx.op, Tucker(core, tuple(factors), ctx.scale), ctx.needs_input_grad[3:]
-        kept = _kept(x, ctx.dropout, ctx.seed)
+        kept = dropout_factor(x, ctx.dropout, ctx.seed)
         if _by_twin(dy):
 
             def twin(x: Tensor, weight: Tensor, bias: Tensor | None, *parts: Tensor) -> Tensor:
@@ -325,7 +318,7 @@ class _Separate(torch.autograd.Function):
 def _separate(
     op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, tucker: Tucker, dropout: float, seed: int
 ) -> Tensor:
-    dropped = x * _kept(x, dropout, seed)
+    dropped = x * dropout_factor(x, dropout, seed)
     delta = reconstruct(None, tucker)
     with _exact("cpu"):
         added = op.base(dropped.to(delta.dtype), delta, None)
