@@ -398,8 +398,8 @@ def resolve_plan(op: Op, x: Tensor, weight: Tensor, tucker: Tucker, plan: str, d
     """The plan that runs: ``plan`` itself, or for "auto" the cheapest by `flora.plan`, if dropout and dtype allow it.
 
     hybrid keeps x for backward, fused keeps h alone where neither the input's factor nor W learns: "auto" then prefers
-    memory to a little time. hybrid and merged need the same x for W and ΔW: with dropout hybrid becomes fused and merged
-    becomes separate. Below float32, where W + s·ΔW is multiplied in float32, hybrid becomes fused, too.
+    memory to a little time. hybrid and merged need the same x for W and ΔW: with dropout hybrid becomes fused and
+    merged becomes separate. Below float32, where W + s·ΔW is multiplied in float32, hybrid becomes fused, too.
     """
     if plan == "auto":
         plan = op.plan(x, weight, tucker.core, grad)
