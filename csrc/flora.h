@@ -101,4 +101,7 @@ flora_status flora_tucker_reconstruct_backward(const flora_view *d_core, const f
                                                const flora_view *const factors[], int order, double scale,
                                                char error[FLORA_ERROR_SIZE]);
 
+/* out (n), unit stride: sets every element to zero with this probability; which ones depends on the seed alone. */
+flora_status flora_drop(const flora_view *out, double probability, uint64_t seed, char error[FLORA_ERROR_SIZE]);
+
 #endif

@@ -143,16 +143,20 @@ static int parse_ints(const call *c, PyObject *object, const char *name, int max
 
 /* Everything that may run Python code (__float__, __index__, a sequence's items) is parsed before the first array is
  * borrowed: such code could free an array's memory. */
-static int parse_scale(const call *c, PyObject *object, double *scale) {
-    *scale = PyFloat_AsDouble(object);
-    if (*scale == -1.0 && PyErr_Occurred()) {
+static int parse_double(const call *c, PyObject *object, const char *name, double *value) {
+    *value = PyFloat_AsDouble(object);
+    if (*value == -1.0 && PyErr_Occurred()) {
         if (PyErr_ExceptionMatches(PyExc_TypeError)) {
             PyErr_Clear();
-            PyErr_Format(PyExc_TypeError, "%s: scale must be a float, not %R", c->function, object);
+            PyErr_Format(PyExc_TypeError, "%s: %s must be a float, not %R", c->function, name, object);
         }
         return -1;
     }
     return 0;
+}
+
+static int parse_scale(const call *c, PyObject *object, double *scale) {
+    return parse_double(c, object, "scale", scale);
 }
 
 /* stride, padding, dilation, groups and padding_mode. */
@@ -518,6 +522,30 @@ static PyObject *takes(PyObject *module, PyObject *const *args, Py_ssize_t nargs
     return PyBool_FromLong(fits);
 }
 
+PyDoc_STRVAR(drop_doc,
+             "drop($module, out, probability, seed, /)\n--\n\n"
+             "Sets every element of out (n) to zero with this probability, in place; out has unit stride.\n"
+             "\n"
+             "Which elements depends on the seed (an int) and n alone: the same call drops the same ones again. Types\n"
+             "and errors as in tucker_linear_forward. Source: SplitMix64 of Steele, Lea and Flood, OOPSLA 2014.");
+
+static PyObject *drop(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    const flora_view *out;
+    call c;
+    double probability;
+    int64_t seed;
+    PyObject *result = NULL;
+    if (begin(&c, module, "drop", nargs, 3) < 0) {
+        return NULL;
+    }
+    if (parse_double(&c, args[1], "probability", &probability) == 0 && parse_int(&c, args[2], "seed", &seed) == 0 &&
+        borrow_one(&c, args[0], "out", -1, OUT, &out) == 0) {
+        RUN(c, result, flora_drop, out, probability, (uint64_t)seed);
+    }
+    end(&c);
+    return result;
+}
+
 /* About the library ------------------------------------------------------------------------------------------------ */
 
 #define MAX_ISA_NAMES 16
@@ -595,6 +623,7 @@ static PyMethodDef methods[] = {FAST(tucker_linear_forward),
                                 FAST(conv_weight_gradient),
                                 FAST(tucker_reconstruct),
                                 FAST(tucker_reconstruct_backward),
+                                FAST(drop),
                                 FAST(takes),
                                 {"info", info, METH_NOARGS, info_doc},
                                 {"set_isa", set_isa, METH_O, set_isa_doc},

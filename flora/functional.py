@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flora import reference
-from flora.ops import Op, Tucker, info, project, reconstruct, takes, zero_output
+from flora.ops import Op, Tucker, dropout_factor, info, project, reconstruct, takes, zero_output
 
 __all__ = [
     "Tucker",
@@ -160,7 +160,7 @@ class _Fused(torch.autograd.Function):
         dropped = x
         if dropout > 0:
             ctx.seed = _seed()
-            dropped = x * _kept(x, dropout, ctx.seed)
+            dropped = x * dropout_factor(x, dropout, ctx.seed)
         y, h = op.update_(op.base(x, weight, bias), dropped, Tucker(core, factors, scale), want_h=any(needs[6:]))
         of_input = needs[4] or needs[8]  # W; factors[1], the input's
         ctx.x_like = None if of_input else (x.shape, x.dtype, x.stride())
@@ -181,7 +181,7 @@ class _Fused(torch.autograd.Function):
         if x is None:  # only its shape and layout matter from here on
             shape, dtype, stride = ctx.x_like
             x = torch.empty_strided(shape, stride, dtype=dtype)
-        kept = _kept(x, ctx.dropout, ctx.seed) if ctx.dropout > 0 else None
+        kept = dropout_factor(x, ctx.dropout, ctx.seed) if ctx.dropout > 0 else None
         if by_twin:
 
             def twin(x: Tensor, weight: Tensor, bias: Tensor | None, *parts: Tensor) -> Tensor:
@@ -205,20 +205,13 @@ class _Fused(torch.autograd.Function):
         return None, None, None, dx, dw, db, *d_parts
 
 
-def _kept(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """What dropout multiplies x by: 0 or 1 / (1 - dropout), the same for the same seed."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    mask = torch.empty(x.shape, dtype=x.dtype, device="cpu").bernoulli_(1 - dropout, generator=generator)
-    return mask.div_(1 - dropout)
-
-
 def _seed() -> int:
     return int(torch.randint(2**62, (), device="cpu"))
 
 
 def _dropped(x: Tensor, dropout: float) -> Tensor:
     """Dropout on a tensor that C may see: one stream of masks, with gradients and without."""
-    return x * _kept(x, dropout, _seed()) if dropout > 0 else x
+    return x * dropout_factor(x, dropout, _seed()) if dropout > 0 else x
 
 
 def _with_effective(op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, tucker: Tucker) -> Tensor:
@@ -274,6 +267,62 @@ class _Effective(torch.autograd.Function):
         else:
             parts = project(dw, tucker, needs[3:])
         return None, None, None, dx, dw.to(weight.dtype) if needs[1] and dw is not None else None, db, *parts
+
+
+class _Separate(torch.autograd.Function):
+    """y = op(x, W, b) + op(dropout(x), s·ΔW), the second in the factors' dtype.
+
+    Keeps x alone: the mask is drawn again from its seed, s·ΔW built again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        op: Op,
+        scale: float,
+        dropout: float,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        core: Tensor,
+        *factors: Tensor,
+    ) -> Tensor:
+        ctx.op, ctx.scale, ctx.dropout, ctx.seed = op, scale, dropout, _seed()
+        ctx.save_for_backward(x, weight, bias if ctx.needs_input_grad[5] else None, core, *factors)
+        return _separate(op, x, weight, bias, Tucker(core, factors, scale), dropout, ctx.seed)
+
+    @staticmethod
+    @_exactly
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, bias, core, *factors = ctx.saved_tensors
+        op, tucker, needs = ctx.op, Tucker(core, tuple(factors), ctx.scale), ctx.needs_input_grad[3:]
+        kept = dropout_factor(x, ctx.dropout, ctx.seed)
+        if _by_twin(dy):
+
+            def twin(x: Tensor, weight: Tensor, bias: Tensor | None, *parts: Tensor) -> Tensor:
+                delta = reference.reconstruct(parts[0], parts[1:], ctx.scale)
+                return _add_to(op.base(x, weight, bias), op.base((x * kept).to(delta.dtype), delta, None))
+
+            return None, None, None, *_twin_grads(twin, (x, weight, bias, core, *factors), needs, dy)
+        dx, dw, db = op.base_backward(dy, x, weight, needs[:3])
+        of_delta = any(needs[3:])
+        delta = reconstruct(None, tucker)
+        wanted = (needs[0], of_delta, False)
+        d_dropped, d_delta, _ = op.base_backward(dy.to(delta.dtype), (x * kept).to(delta.dtype), delta, wanted)
+        if dx is not None:
+            dx = _add_to(dx, d_dropped * kept)
+        parts = project(d_delta, tucker, needs[3:]) if of_delta else (None,) * len(needs[3:])
+        return None, None, None, dx, None if dw is None else dw.to(weight.dtype), db, *parts
+
+
+def _separate(
+    op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, tucker: Tucker, dropout: float, seed: int
+) -> Tensor:
+    dropped = x * dropout_factor(x, dropout, seed)
+    delta = reconstruct(None, tucker)
+    with _exact("cpu"):
+        added = op.base(dropped.to(delta.dtype), delta, None)
+    return _add_to(op.base(x, weight, bias), added)
 
 
 class _Reconstruct(torch.autograd.Function):
@@ -334,7 +383,12 @@ def _direct(node: type[torch.autograd.Function]) -> Callable[..., Any]:
     return apply
 
 
-_fused, _effective = _direct(_Fused), _direct(_Effective)
+_NODES = {
+    "fused": _direct(_Fused),
+    "hybrid": _direct(_Effective),
+    "merged": _direct(_Effective),
+    "separate": _direct(_Separate),
+}
 
 
 # What layers call --------------------------------------------------------------------------------------------------
@@ -343,11 +397,14 @@ _fused, _effective = _direct(_Fused), _direct(_Effective)
 def resolve_plan(op: Op, x: Tensor, weight: Tensor, tucker: Tucker, plan: str, dropout: float, grad: bool) -> str:
     """The plan that runs: ``plan`` itself, or for "auto" the cheapest by `flora.plan`, if dropout and dtype allow it.
 
-    hybrid and merged need the same x for W and ΔW: with dropout hybrid becomes fused and merged becomes separate. Below
-    float32, where W + s·ΔW is multiplied in float32, hybrid becomes fused, too.
+    hybrid keeps x for backward, fused keeps h alone where neither the input's factor nor W learns: "auto" then prefers
+    memory to a little time. hybrid and merged need the same x for W and ΔW: with dropout hybrid becomes fused and
+    merged becomes separate. Below float32, where W + s·ΔW is multiplied in float32, hybrid becomes fused, too.
     """
     if plan == "auto":
         plan = op.plan(x, weight, tucker.core, grad)
+        if plan == "hybrid" and grad and not (weight.requires_grad or tucker.factors[1].requires_grad):
+            return "fused"
     if plan == "hybrid" and (dropout > 0 or weight.dtype in _BELOW_FLOAT32):
         return "fused"
     return "separate" if plan == "merged" and dropout > 0 else plan
@@ -396,15 +453,12 @@ def adapted(
         or (bias is not None and bias.requires_grad)
     )
     plan = resolve_plan(op, x, weight, tucker, plan, dropout, grad)
-    if plan == "separate":
-        delta = effective_weight(None, tucker)
-        with _exact("cpu"):
-            added = op.base(_dropped(x, dropout).to(delta.dtype), delta, None)
-        return _add_to(op.base(x, weight, bias), added)
     if grad:
-        apply, option = (_fused, dropout) if plan == "fused" else (_effective, plan == "hybrid")
+        apply, option = _NODES[plan], dropout if plan in ("fused", "separate") else plan == "hybrid"
         out: Tensor = apply(op, scale, option, x, weight, bias, core, *factors)
         return out
+    if plan == "separate":
+        return _separate(op, x, weight, bias, tucker, dropout, _seed())
     if plan == "fused":
         return op.update_(op.base(x, weight, bias), _dropped(x, dropout), tucker, want_h=False)[0]
     return _with_effective(op, x, weight, bias, tucker)

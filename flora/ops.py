@@ -292,6 +292,16 @@ def project(dw: Tensor, tucker: Tucker, needs: Sequence[bool]) -> tuple[Tensor |
     return tuple(outs)
 
 
+# Dropout -----------------------------------------------------------------------------------------------------------
+
+
+def dropout_factor(x: Tensor, dropout: float, seed: int) -> Tensor:
+    """What dropout multiplies x by, 0 or 1 / (1 - dropout), in x's shape and dtype; a function of seed and layout."""
+    factor = torch.full_like(x, 1 / (1 - dropout), requires_grad=False)
+    _core.drop(factor.as_strided((factor.numel(),), (1,)), dropout, seed)  # dense, in whichever order x has
+    return factor
+
+
 # The boundary ------------------------------------------------------------------------------------------------------
 
 

@@ -218,7 +218,7 @@ def test_shared_memory():
     y, u, c = torch.full((4, 4), GUARD), torch.ones(4, 2), torch.ones(2, 2)
     with pytest.raises(ValueError, match=r"y.* x share memory"):
         _core.tucker_linear_forward(y, None, y, u, c, u, 1.0)
-    with pytest.raises(ValueError, match=r"d_u_in.* d_u_out share memory"):
+    with pytest.raises(ValueError, match=r"d_u_out.* d_u_in share memory"):
         _core.tucker_linear_backward(None, y[:, :2], None, y[:, :2], y * 1, y * 1, None, u, c, u, 1.0)
     assert (y == GUARD).all()
 
@@ -744,3 +744,68 @@ def test_an_empty_batch_of_huge_planes_needs_no_memory():
     gradient = torch.full((1, 1, 3, 3), 7.0)
     _core.conv_weight_gradient(gradient, x, x, (1, 1), (1, 1, 1, 1), (1, 1), 1, "zeros")
     assert torch.count_nonzero(gradient) == 0
+
+
+# Rows and what the kernels take -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3), (2, 1, 3), (0, 2), (2, 3, 1, 1, 2, 1, 1)])
+def test_leading_dimensions_count_rows(shape):
+    x, u_in, core, u_out = torch.randn(*shape, 5), torch.randn(5, 2), torch.randn(3, 2), torch.randn(4, 3)
+    y, h = torch.randn(*shape, 4), torch.empty(*shape, 2)
+    expected = y + 0.5 * x @ u_in @ core.T @ u_out.T
+    _core.tucker_linear_forward(y, h, x, u_in, core, u_out, 0.5)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(h, x @ u_in)
+
+
+def test_leading_dimensions_without_a_common_stride_are_refused():
+    u = torch.ones(4, 2)
+    y = torch.zeros(6, 4)
+    for x in (torch.ones(2, 6, 4)[:, :3], torch.ones(3, 2, 4).transpose(0, 1)):
+        with pytest.raises(ValueError, match="tucker_linear_forward: x has leading dimensions that are no rows"):
+            _core.tucker_linear_forward(y, None, x, u, None, u, 1.0)
+    with pytest.raises(ValueError, match="x has extents whose size in bytes overflows"):
+        _core.tucker_linear_forward(y, None, torch.empty(0).as_strided((2**40, 2**40, 0), (0, 0, 1)), u, None, u, 1.0)
+    assert not y.any()
+
+
+def test_what_the_kernels_take():
+    class Subclass(torch.Tensor):
+        pass
+
+    x, half, double = torch.ones(2), torch.ones(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.float64)
+    for taken in [
+        (x, x, x, x, (x, nn.Parameter(x))),
+        (half, half, half, x, (x,)),
+        (double, double, None, double, ()),
+        (x.expand(3, 2), None, None, x, (x[:0],)),
+    ]:
+        assert _core.takes(*taken) is True
+    for refused in (half, double, x.long(), x.to("meta"), x.to_sparse(), x.as_subclass(Subclass), x.numpy(), None, 1.0):
+        assert _core.takes(x, x, x, refused, (x,)) is False
+        assert _core.takes(x, x, x, x, (x, refused)) is False
+        if refused is not None:
+            assert _core.takes(x, refused, None, x, ()) is False
+    assert _core.takes(x, None, x.to("meta"), x, ()) is False
+    with pytest.raises(TypeError, match="takes: factors is .*, not a tuple"):
+        _core.takes(x, x, x, x, [x])
+    with pytest.raises(TypeError, match="takes exactly 5 positional"):
+        _core.takes(x)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ((torch.ones(2, 2), 0.5, 1), ValueError, "out must have 1 dimensions"),
+        ((torch.ones(4)[::2], 0.5, 1), ValueError, "out must have unit stride, not 2"),
+        ((torch.ones(4), 1.5, 1), ValueError, "probability must be from 0 to 1, not 1.5"),
+        ((torch.ones(4), float("nan"), 1), ValueError, "probability must be from 0 to 1, not nan"),
+        ((torch.ones(4), "half", 1), TypeError, "probability must be a float, not 'half'"),
+        ((torch.ones(4), 0.5, 2**64), ValueError, "seed 18446744073709551616 is too large"),
+    ],
+)
+def test_drop_refuses(arguments, error, match):
+    with pytest.raises(error, match=f"^drop: {match}"):
+        _core.drop(*arguments)
+    assert arguments[0].all()

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flora
 from flora import functional
-from flora.ops import LINEAR, ConvOp, Tucker
+from flora.ops import LINEAR, ConvOp, Tucker, dropout_factor
 
 PLANS = ("fused", "hybrid", "merged")
 
@@ -522,3 +522,32 @@ def test_autocast_does_not_narrow_the_delta_of_a_depthwise_layer_or_a_table():
         with torch.autocast("cpu", torch.bfloat16):
             narrow = layer(source)
         assert ((narrow - exact).abs() <= bound * exact.abs() + 1e-6).all()  # one rounding of the result at most
+
+
+@pytest.mark.parametrize("case", ["linear", "conv2d, depthwise"])
+@pytest.mark.parametrize("plan", ["fused", "merged"])
+def test_gradcheck_with_dropout(case, plan):
+    """With a fixed seed dropout is a fixed factor on the delta's input, in the first derivative and in the second."""
+    op, x_shape, w_shape, ranks = GRADCHECK[case]
+    x = torch.randn(x_shape, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(w_shape, dtype=torch.float64, requires_grad=True)
+    tucker = random_tucker(w_shape, ranks)
+
+    def run(x, w, core, *factors):
+        torch.manual_seed(0)
+        return functional.adapted(op, x, w, None, Tucker(core, factors, tucker.scale), plan=plan, dropout=0.4)
+
+    inputs = (x, w, tucker.core, *tucker.factors)
+    assert gradcheck(run, inputs)
+    assert gradgradcheck(run, inputs)
+    with_graph = run(*inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(run(*inputs), with_graph.detach())
+
+
+def test_dropout_keeps_the_expected_share_and_scale():
+    x = torch.ones(200_000)
+    factor = dropout_factor(x, 0.3, 7)
+    assert set(factor.tolist()) == {0.0, factor.max().item()} and factor.max() == torch.tensor(1 / 0.7)
+    assert abs((factor == 0).double().mean() - 0.3) < 5 * (0.21 / 200_000) ** 0.5
+    assert not torch.equal(factor, dropout_factor(x, 0.3, 8))

@@ -296,7 +296,16 @@ def reconstruct_backward(case, *dims):
     a["d_factors"] = factor_gradients(case)
 
 
+def drop(case, n=None):
+    n = case.draw(st.integers(0, 70)) if n is None else n
+    case.output("out", n, dtype=case.dtype, update=True)
+    probability = case.draw(st.floats(0, 1)) if case.draw else 0.3
+    seed = case.draw(st.integers(-(2**63), 2**63 - 1)) if case.draw else 5
+    case.arguments |= {"out": case.outputs["out"][0], "probability": probability, "seed": seed}
+
+
 BUILDERS = {
+    "drop": drop,
     "tucker_linear_forward": linear_forward,
     "tucker_linear_backward": linear_backward,
     "tucker_conv_forward": conv_forward,
@@ -312,6 +321,7 @@ LARGE_GROUPS = (2, 3, 19, 21, 8, 6, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), "refle
 NARROW_CONV = (2, 1, 3, 2, 4, 5, (1, 2), (1, 1), (0, 0, 0, 0), (1, 1), "zeros", (5, 2))  # lines of one output
 LARGE_DEPTHWISE = (3, 37, 1, 1, 1, 1, (3, 3), (2, 1), (1, 0, 1, 2), (1, 1), "zeros", (43, 39))
 LARGE = [
+    ("drop", (100_003,)),
     *(("tucker_linear_forward", sizes) for sizes in ((2051, 67, 93, 16, 16), (517, 129, 301, 7, 21))),
     *(("tucker_linear_backward", sizes) for sizes in ((2051, 67, 93, 16, 16), (517, 129, 301, 7, 21))),
     *(("tucker_conv_forward", sizes) for sizes in (LARGE_CONV, LARGE_GROUPS)),
