@@ -6,7 +6,6 @@ Every Linear and every convolution with one group is adapted, at rank 16 and ker
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -100,7 +99,7 @@ def makers(model: Model) -> dict[str, Callable[[], nn.Module]]:
         "factored, plain PyTorch": lambda: _each(model.frozen(), Factored),
         FLORA: lambda: _flora(model.frozen()),
         CORE_AND_OUT: lambda: _flora(model.frozen(), trainable=("core", "out")),
-        NARROW_BASE: lambda: _narrow(model.frozen()),
+        NARROW_BASE: lambda: _flora(model.frozen(), base=torch.bfloat16),
     }
 
 
@@ -140,12 +139,6 @@ def _flora(network: Whole, base: torch.dtype | None = None, **options: Any) -> n
     config = flora.TuckerConfig(rank=RANK, kernel_rank=KERNEL_RANK, target_modules=served, **options)
     flora.adapt(network, config, **({} if base is None else {"base_dtype": base}))
     return _drawn(network)
-
-
-def _narrow(network: Whole) -> nn.Module:
-    if "base_dtype" not in inspect.signature(flora.adapt).parameters:
-        raise AbsentError("this flora.adapt has no base_dtype")
-    return _flora(network, base=torch.bfloat16)
 
 
 def _drawn(network: nn.Module) -> nn.Module:

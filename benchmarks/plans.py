@@ -10,18 +10,16 @@ import argparse
 import datetime
 import json
 import math
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
 from benchmarks.report import RESULTS
-from flora import functional, ops, plan
+from flora import functional, plan
 from flora.bench import machine
 from flora.bench.case import Case, conv, linear
 from flora.bench.peers import build, peers
@@ -32,16 +30,14 @@ from flora.tables import aligned
 WITHIN = 1.10
 GOAL = 0.95
 PLANS = ("fused", "hybrid", "merged")
-NAMES = tuple(name for name, value in vars(plan).items() if name.isupper() and isinstance(value, float))
-"""The constants of the cost model."""
 
 
 @dataclass(frozen=True)
 class Entry:
     """A layer of the grid, with or without gradients, and what was measured on it.
 
-    ``call`` holds the arguments of `flora.plan.choose_plan`. ``becomes`` says which plan runs when one is picked: below
-    float32 hybrid is fused and merged is separate. ``seconds`` are by plan that runs, ``error`` is the largest of the
+    ``call`` holds the arguments of `flora.plan.plan_costs`. ``becomes`` says which plan runs when one is picked: below
+    float32 hybrid is fused. ``seconds`` are by plan that runs, ``error`` is the largest of the
     relative errors of those within reach of the best.
     """
 
@@ -118,8 +114,7 @@ def measure(case: Case, grad: bool, *, rounds: int, attempts: int) -> Entry:
     tucker = modules["fused"].deltas["default"].tucker
     arguments = kind_of(layer).op(layer), x, layer.weight, tucker
     becomes = {name: functional.resolve_plan(*arguments, name, 0.0, grad) for name in PLANS}
-    with mock.patch.multiple(ops, choose_plan=_as_called, _conv_plan=ops._conv_plan.__wrapped__):
-        call: Any = arguments[0].plan(x, layer.weight, tucker.core, grad)
+    call = _tuples(arguments[0].plan_call(x, layer.weight, tucker.core, grad))
     picked = plan.choose_plan(*call)
     steps = {becomes[name]: _step(modules[name], x, grad) for name in reversed(PLANS)}
     times = interleaved(
@@ -128,11 +123,8 @@ def measure(case: Case, grad: bool, *, rounds: int, attempts: int) -> Entry:
     base = next(t.quartile for t in times.values() if t.ratio == 1.0)
     seconds = {name: t.ratio * base for name, t in times.items()}
     near = [t.error / t.ratio for name, t in times.items() if seconds[name] <= 1.3 * min(seconds.values())]
-    return Entry(case.name + f", rank {case.rank}", grad, call, becomes, picked, predicted(call), seconds, max(near))
-
-
-def _as_called(shape: Sequence[int], ranks: Sequence[int], *others: Any) -> tuple[Any, ...]:
-    return tuple(shape), tuple(ranks), *others
+    name = f"{case.name}, rank {case.rank}"
+    return Entry(name, grad, call, becomes, picked, plan.plan_costs(*call), seconds, max(near))
 
 
 def _step(module: torch.nn.Module, x: torch.Tensor, grad: bool) -> Callable[[], None]:
@@ -151,38 +143,25 @@ def _step(module: torch.nn.Module, x: torch.Tensor, grad: bool) -> Callable[[], 
     return both if grad else forward
 
 
-def predicted(call: Sequence[Any], constants: Mapping[str, float] | None = None) -> dict[str, float]:
-    """The costs by plan that `flora.plan.choose_plan` compares, with other constants if some are given."""
-    found: dict[str, float] = {}
-
-    def compared(costs: Mapping[str, float], key: object) -> str:
-        found.update(costs)
-        return ""
-
-    names = {**vars(plan), **(constants or {}), "min": compared}
-    types.FunctionType(plan.choose_plan.__wrapped__.__code__, names)(*call)
-    return found
-
-
-def fit(entries: Sequence[Entry]) -> dict[str, float]:
+def fit(entries: Sequence[Entry]) -> plan.Speeds:
     """Constants with fewer and smaller losses, found one by one from the present ones."""
 
-    def cost(constants: Mapping[str, float]) -> float:
+    def cost(speeds: plan.Speeds) -> float:
         losses = []
         for entry in entries:
-            costs = predicted(entry.call, constants)
+            costs = plan.plan_costs(*entry.call, speeds)
             losses.append(entry.loss_of(min(costs, key=costs.__getitem__)))
         return sum(math.log(loss) + (loss > WITHIN) for loss in losses)
 
-    best = {name: getattr(plan, name) for name in NAMES}
+    best = plan.SPEEDS
     least = cost(best)
     for factor in (4.0, 2.0, 1.4, 1.15):
         improved = True
         while improved:
             improved = False
-            for name in NAMES:
+            for name, value in best._asdict().items():
                 for step in (factor, 1 / factor):
-                    tried = best | {name: best[name] * step}
+                    tried = best._replace(**{name: value * step})
                     if (now := cost(tried)) < least:
                         best, least, improved = tried, now, True
     return best
@@ -224,7 +203,7 @@ def read(path: Path) -> list[Entry]:
 
 
 def _tuples(values: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(_tuples(value) if isinstance(value, list) else value for value in values)
+    return tuple(_tuples(value) if isinstance(value, list | tuple) else value for value in values)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -263,8 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"written to {path}")
     print(summary(entries))
     if args.fit:
-        constants = fit([entry for entry in entries if not entry.noisy])
-        print("\n".join(f"{name} = {value:.3g}  # now {getattr(plan, name):.3g}" for name, value in constants.items()))
+        print(f"now:    {plan.SPEEDS}\nfitted: {fit([entry for entry in entries if not entry.noisy])}")
     judged = [entry.good for entry in entries if not entry.noisy]
     return 0 if judged and sum(judged) >= GOAL * len(judged) else 1
 

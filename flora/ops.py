@@ -27,6 +27,9 @@ takes = _core.takes
 """Whether the kernels can work on (x, weight, bias, core, factors): plain CPU tensors of dtypes that go together."""
 
 
+PlanCall = tuple[tuple[int, ...], tuple[int, ...], int, int, int, int, bool]
+
+
 class Tucker(NamedTuple):
     """A Tucker delta's tensors: core (r_out, r_in, *r_k), factors in weight order (dim_m, r_m), and the scale."""
 
@@ -92,9 +95,13 @@ class LinearOp:
         """Zeros of the output's shape, in x's dtype: where an update alone is accumulated."""
         return x.new_zeros(*x.shape[:-1], d_out)
 
-    def plan(self, x: Tensor, weight: Tensor, core: Tensor, grad: bool) -> str:
+    def plan_call(self, x: Tensor, weight: Tensor, core: Tensor, grad: bool) -> PlanCall:
+        """The arguments of `flora.plan.plan_costs` for this call."""
         rows = x.numel() // (x.shape[-1] or 1)
-        return choose_plan(weight.shape, core.shape, 1, rows, rows, x.element_size(), grad)
+        return weight.shape, core.shape, 1, rows, rows, x.element_size(), grad
+
+    def plan(self, x: Tensor, weight: Tensor, core: Tensor, grad: bool) -> str:
+        return choose_plan(*self.plan_call(x, weight, core, grad))
 
 
 class AddmmOp(LinearOp):
@@ -208,8 +215,12 @@ class ConvOp(NamedTuple):
             out.append((extent + self.padding[2 * i] + self.padding[2 * i + 1] - reach) // self.stride[i] + 1)
         return x.new_zeros(x.shape[0], d_out, *out)
 
+    def plan_call(self, x: Tensor, weight: Tensor, core: Tensor, grad: bool) -> PlanCall:
+        """The arguments of `flora.plan.plan_costs` for this call."""
+        return _conv_call(self, x.shape, weight.shape, core.shape, x.element_size(), grad)
+
     def plan(self, x: Tensor, weight: Tensor, core: Tensor, grad: bool) -> str:
-        return _conv_plan(self, x.shape, weight.shape, core.shape, x.element_size(), grad)
+        return choose_plan(*self.plan_call(x, weight, core, grad))
 
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
@@ -231,16 +242,15 @@ def _split_padding(padding: tuple[int, ...], mode: str) -> tuple[tuple[int, ...]
 
 
 @lru_cache(maxsize=4096)
-def _conv_plan(
+def _conv_call(
     op: ConvOp, x: tuple[int, ...], weight: tuple[int, ...], core: tuple[int, ...], itemsize: int, grad: bool
-) -> str:
-    """The plan of a call with these shapes."""
+) -> PlanCall:
     inside = outside = x[0]
     for i, extent in enumerate(x[2:]):
         reach = op.dilation[i] * (weight[2 + i] - 1) + 1
         inside *= extent
         outside *= max(0, extent + op.padding[2 * i] + op.padding[2 * i + 1] - reach) // op.stride[i] + 1
-    return choose_plan(weight, core, op.groups, inside, outside, itemsize, grad)
+    return weight, core, op.groups, inside, outside, itemsize, grad
 
 
 LINEAR = LinearOp()

@@ -1,30 +1,34 @@
 """Which plan is cheapest: a cost model in floating-point operations and bytes, with no table of special cases.
 
 Costs are in units of one flop of the frozen layer's own product. Every plan also pays that product (and in training its
-input gradient), so only what comes on top is counted. The four constants below are ratios between speeds of one
-machine and vary little from one to the next.
+input gradient), so only what comes on top is counted. The constants are ratios between speeds of one machine and vary
+little from one to the next; ``python -m benchmarks.plans`` compares the model with measurements, and fits them.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
 from math import prod
-
-SKINNY = 1.6
-"""Cost of a flop in a product with the rank as one extent, against one of a large product."""
-
-BYTE = 6.0
-"""Flops of a large product in the time in which one byte comes from or goes to memory."""
-
-GROUPED = 6.0
-"""Cost of a flop in a grouped convolution, whose loops have little to share."""
-
-CALL = 2.0e5
-"""Flops in the time of one more operation: a tensor allocated, a kernel started."""
+from typing import NamedTuple
 
 
-@lru_cache(maxsize=4096)
-def choose_plan(
+class Speeds(NamedTuple):
+    """What things cost, in flops of a large product."""
+
+    skinny: float
+    """A flop in a product with the rank as one extent."""
+    byte: float
+    """A byte from or to memory."""
+    grouped: float
+    """A flop in a grouped convolution, whose loops have little to share."""
+    call: float
+    """One more operation: a tensor allocated, a kernel started."""
+
+
+SPEEDS = Speeds(skinny=1.6, byte=6.0, grouped=6.0, call=2.0e5)
+
+
+def plan_costs(
     shape: tuple[int, ...],
     ranks: tuple[int, ...],
     groups: int,
@@ -32,8 +36,9 @@ def choose_plan(
     pixels_out: int,
     itemsize: int,
     grad: bool,
-) -> str:
-    """The cheapest of "fused", "hybrid" and "merged" for one call.
+    speeds: Speeds = SPEEDS,
+) -> dict[str, float]:
+    """The costs of "fused", "hybrid" and "merged" for one call.
 
     ``shape`` is the weight's (d_out, d_in/groups, *k), ``ranks`` the core's; pixels (or rows) are counted over the
     whole batch, before and after the layer; ``itemsize`` is an activation's in bytes; ``grad`` whether anything learns.
@@ -47,19 +52,33 @@ def choose_plan(
     project = 2 * pixels_in * d_in * r_in
     convolve = 2 * pixels_out * groups * r_in * r_out * taps
     expand = 2 * pixels_out * d_out * r_out
-    skinny = SKINNY * (project + convolve + expand)
-    traffic = BYTE * itemsize * (pixels_in * d_in + 2 * pixels_out * d_out)
-    build = SKINNY * 2 * size * r_out + BYTE * 2 * itemsize * size + CALL
+    skinny = speeds.skinny * (project + convolve + expand)
+    traffic = speeds.byte * itemsize * (pixels_in * d_in + 2 * pixels_out * d_out)
+    build = speeds.skinny * 2 * size * r_out + speeds.byte * 2 * itemsize * size + speeds.call
 
     fused = skinny + traffic
     hybrid = merged = build
     if grad:
         # dk and dh again, three parameter gradients, dx; h is kept, k is computed a second time
-        of_parameters = 2 * skinny + SKINNY * convolve
-        reads = BYTE * itemsize * (pixels_in * d_in + pixels_out * d_out)
-        fused += of_parameters + SKINNY * project + reads + BYTE * itemsize * 2 * pixels_in * d_in
-        hybrid += build + of_parameters + SKINNY * project + reads
-        weight_gradient = 2 * pixels_out * size * (1.0 if groups == 1 else max(1.0, GROUPED / width))
+        of_parameters = 2 * skinny + speeds.skinny * convolve
+        reads = speeds.byte * itemsize * (pixels_in * d_in + pixels_out * d_out)
+        fused += of_parameters + speeds.skinny * project + reads + speeds.byte * itemsize * 2 * pixels_in * d_in
+        hybrid += build + of_parameters + speeds.skinny * project + reads
+        weight_gradient = 2 * pixels_out * size * (1.0 if groups == 1 else max(1.0, speeds.grouped / width))
         merged += 2 * build + weight_gradient + reads
-    costs = {"fused": fused, "hybrid": hybrid, "merged": merged}
+    return {"fused": fused, "hybrid": hybrid, "merged": merged}
+
+
+@lru_cache(maxsize=4096)
+def choose_plan(
+    shape: tuple[int, ...],
+    ranks: tuple[int, ...],
+    groups: int,
+    pixels_in: int,
+    pixels_out: int,
+    itemsize: int,
+    grad: bool,
+) -> str:
+    """The cheapest plan by `plan_costs`."""
+    costs = plan_costs(shape, ranks, groups, pixels_in, pixels_out, itemsize, grad)
     return min(costs, key=costs.__getitem__)
