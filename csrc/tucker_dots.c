@@ -109,6 +109,9 @@ static void sweep_rows(const flora_dot_tile *t, int64_t channels, int64_t rank, 
         const int64_t padded = flora_round_up(count, FLORA_PAIR_LANES);
         int64_t stride;
         const uint16_t *block = block_of(t, 1, c, count, &stride);
+        const uint16_t *ahead = block == block_room(t)           ? NULL
+                                : c + FLORA_DOT_BLOCK < channels ? block + FLORA_DOT_BLOCK
+                                                                 : block + t->pixels * stride - c;
         if (product != NULL)
             t->dots->dot(&(flora_dot){.m = t->pixels,
                                       .n = width,
@@ -120,7 +123,8 @@ static void sweep_rows(const flora_dot_tile *t, int64_t channels, int64_t rank, 
                                       .taps = 1,
                                       .c_in = c ? product : NULL,
                                       .c = product,
-                                      .c_m = width});
+                                      .c_m = width,
+                                      .ahead = ahead});
         if (sums != NULL) {
             t->dots->pair(pairs, padded, block, stride, t->pixels, count);
             t->dots->dot(&(flora_dot){.m = rank,

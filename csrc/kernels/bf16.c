@@ -15,7 +15,7 @@
 /* The register block: sums in `ROWS` × 2 vectors leave room for b and the broadcast, and are more than the latency of
  * the multiplication (6 cycles) can hide. As many rows of x, whose addresses may differ by a multiple of a page, share
  * a set of the first-level cache, which has 8 or 12 ways: no more than 8. */
-enum { ROWS = 8 };
+enum { ROWS = 8, LINE_PAIRS = 16 /* pairs in a line of the cache */ };
 
 FLORA_INLINE __m512bh broadcast_pair(const uint16_t *p) {
     int32_t pair;
@@ -23,7 +23,11 @@ FLORA_INLINE __m512bh broadcast_pair(const uint16_t *p) {
     return (__m512bh)_mm512_set1_epi32(pair);
 }
 
-FLORA_INLINE void block(const int rows, const int vecs, const int act, const flora_dot *g, int64_t i, int64_t j) {
+/* Where n is one vector, even and odd pairs of k have sums of their own, as `rows` sums are fewer than the latency
+ * needs. The rows of a that come next (a_next, if not NULL), or the panel of a bfloat16 c that does, are fetched
+ * meanwhile. */
+FLORA_INLINE void block(const int rows, const int vecs, const int act, const flora_dot *g, int64_t i, int64_t j,
+                        const uint16_t *a_next) {
     f32v sum[ROWS][2];
     const uint16_t *a = g->a + i * g->a_m, *b = g->b + 2 * j;
     const int64_t a_m = g->a_m, b_k = 2 * g->b_w, c_m = g->c_m, at = i * c_m + j;
@@ -38,11 +42,33 @@ FLORA_INLINE void block(const int rows, const int vecs, const int act, const flo
             else
                 sum[r][v] = (f32v){0};
         }
+        if (vecs == 1)
+            sum[r][1] = (f32v){0};
+        if (act) /* a line is a panel's width; at a row's end, of the rows that follow */
+            __builtin_prefetch(
+                (const uint16_t *)g->c_in + (j + 2 * LANES < g->n ? at + 2 * LANES : at - j + rows * c_m) + r * c_m, 1);
     }
     for (int64_t t = 0; t < g->taps; t++) {
         const uint16_t *a_l = g->a_taps ? a + g->a_taps[t] : a;
         const uint16_t *b_l = g->b_taps ? b + g->b_taps[t] : b;
-        for (int64_t l = g->k / 2; l > 0; l--, a_l += 2, b_l += b_k) {
+        int64_t l = g->k / 2;
+        if (vecs == 1) {
+            for (; l > 1; l -= 2, a_l += 4, b_l += 2 * b_k) {
+                if (a_next != NULL && l % LINE_PAIRS < 2) {
+                    FLORA_UNROLL
+                    for (int r = 0; r < rows; r++)
+                        __builtin_prefetch(a_next + r * a_m);
+                    a_next += 2 * LINE_PAIRS;
+                }
+                const __m512bh even = (__m512bh)_mm512_loadu_si512(b_l), odd = (__m512bh)_mm512_loadu_si512(b_l + b_k);
+                FLORA_UNROLL
+                for (int r = 0; r < rows; r++) {
+                    sum[r][0] = (f32v)_mm512_dpbf16_ps((__m512)sum[r][0], broadcast_pair(a_l + r * a_m), even);
+                    sum[r][1] = (f32v)_mm512_dpbf16_ps((__m512)sum[r][1], broadcast_pair(a_l + 2 + r * a_m), odd);
+                }
+            }
+        }
+        for (; l > 0; l--, a_l += 2, b_l += b_k) {
             FLORA_UNROLL
             for (int r = 0; r < rows; r++) {
                 FLORA_UNROLL
@@ -64,6 +90,8 @@ FLORA_INLINE void block(const int rows, const int vecs, const int act, const flo
     }
     FLORA_UNROLL
     for (int r = 0; r < rows; r++) {
+        if (vecs == 1)
+            sum[r][0] += sum[r][1];
         FLORA_UNROLL
         for (int v = 0; v < vecs; v++) {
             const int64_t to = at + r * c_m + v * LANES;
@@ -88,11 +116,12 @@ FLORA_INLINE void block(const int rows, const int vecs, const int act, const flo
 
 /* c (rows, n) from row i on, rows a constant: panels of two vectors, then of one. */
 FLORA_INLINE void strip(const int rows, const int act, const flora_dot *g, int64_t i) {
+    const uint16_t *a_next = g->ahead == NULL ? NULL : i + rows < g->m ? g->a + (i + rows) * g->a_m : g->ahead;
     int64_t j = 0;
     for (; g->n - j > LANES; j += 2 * LANES)
-        block(rows, 2, act, g, i, j);
+        block(rows, 2, act, g, i, j, NULL);
     if (j < g->n)
-        block(rows, 1, act, g, i, j);
+        block(rows, 1, act, g, i, j, j == 0 ? a_next : NULL);
 }
 
 FLORA_INLINE void strips(const int act, const flora_dot *g) {

@@ -28,6 +28,7 @@ typedef struct {
     const void *c_in;               /* NULL: zero; may be c itself */
     void *c;                        /* float in dot, bfloat16 in dot_act */
     int64_t c_m;
+    const uint16_t *ahead; /* not NULL: a comes from memory, and this is the a of the next product */
 } flora_dot;
 
 typedef struct {

@@ -38,6 +38,10 @@ static void pair(uint16_t *to, int64_t width, const uint16_t *from, int64_t from
     for (int64_t l = 0; l < k; l += 2, to += 2 * width, from += 2 * from_k) {
         const int both = k - l > 1;
         int64_t j = 0;
+        for (int64_t next = 0; next < n; next += 32) { /* a line holds 32; the rows after the next two */
+            __builtin_prefetch(from + 4 * from_k + next);
+            __builtin_prefetch(from + 5 * from_k + next);
+        }
         if (both)
             for (; j + LANES <= n; j += LANES)
                 store_pairs(to + 2 * j, *(const u16v_any *)(from + j), *(const u16v_any *)(from + from_k + j));
