@@ -1,7 +1,8 @@
 /* The kernel interface: views, status codes and one prototype an operation.
  *
  * Nothing here knows Python. Every operation checks its shapes first and, when it returns anything but FLORA_OK,
- * has written nothing to its outputs and one sentence, with the offending values, to `error`.
+ * has written nothing to its outputs and one sentence, with the offending values, to `error`. Only FLORA_NO_MEMORY may
+ * come late and leave outputs half written.
  *
  * Types: activations (x, y, dy, dx, weight) share one dtype A of float32, float64, bfloat16 and float16.
  * Factors, core, h and every parameter gradient are of the compute type C: double for float64, else float.

@@ -16,7 +16,7 @@ typedef struct {
 
 /* A call: what it has borrowed so far ------------------------------------------------------------------------------ */
 
-#define MAX_LOANS (5 + 2 * FLORA_MAX_ORDER) /* of tucker_conv_backward */
+#define MAX_LOANS (6 + 2 * FLORA_MAX_ORDER) /* of tucker_conv_backward */
 
 typedef struct {
     const char *function;
@@ -58,6 +58,10 @@ static int borrow_one(call *c, PyObject *object, const char *name, int index, in
     *view = NULL;
     if (object == Py_None && (flags & OPTIONAL) != 0) {
         return 0;
+    }
+    if (c->count == MAX_LOANS) {
+        PyErr_Format(PyExc_SystemError, "%s: more than %d arrays", c->function, MAX_LOANS);
+        return -1;
     }
     flora_borrower who = {c->function, name, index, (flags & OUT) != 0, c->boundary->array_error};
     if (flora_borrow(c->boundary, object, who, &c->loans[c->count]) < 0) {
@@ -212,7 +216,10 @@ static PyObject *finish(call *c, flora_status status) {
     case FLORA_BAD_DTYPE:
         exception = PyExc_TypeError;
         break;
-    case FLORA_NO_MEMORY:
+    case FLORA_NO_MEMORY: /* which may come late */
+        if (flora_mark_written(c->boundary, c->loans, c->count) < 0) {
+            PyErr_Clear();
+        }
         exception = PyExc_MemoryError;
         break;
     case FLORA_BAD_SHAPE:
@@ -279,9 +286,8 @@ PyDoc_STRVAR(
     "    d_core (r_out, r_in) = dk.T @ h      d_u_in (d_in, r_in) = x.T @ dh\n"
     "\n"
     "dx is updated in place, the others are overwritten; None leaves an output out. dy is (rows, d_out), rows\n"
-    "as in tucker_linear_forward. h None: it is computed from x. x may be None if neither d_u_in nor a missing h needs "
-    "it. Types and errors as in\n"
-    "tucker_linear_forward. Source: FLoRA, arXiv 2405.14739.");
+    "as in tucker_linear_forward. h None: it is computed from x. x may be None if neither d_u_in nor a missing h\n"
+    "needs it. Types and errors as in tucker_linear_forward. Source: FLoRA, arXiv 2405.14739.");
 
 static PyObject *tucker_linear_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     static const array_spec specs[] = {{"dx", OUT | OPTIONAL | ROWS},
@@ -526,7 +532,8 @@ PyDoc_STRVAR(drop_doc,
              "drop($module, out, probability, seed, /)\n--\n\n"
              "Sets every element of out (n) to zero with this probability, in place; out has unit stride.\n"
              "\n"
-             "Which elements depends on the seed (an int) and n alone: the same call drops the same ones again. Types\n"
+             "Whether an element is dropped depends on the seed (an int) and its index alone: the same call drops the\n"
+             "same ones again. Types\n"
              "and errors as in tucker_linear_forward. Source: SplitMix64 of Steele, Lea and Flood, OOPSLA 2014.");
 
 static PyObject *drop(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {

@@ -127,7 +127,12 @@ static flora_status check(const arguments *a, flora_layer *layer, char *error) {
             return flora_fail(error, FLORA_BAD_SHAPE, "a padded extent of %lld makes the input too large",
                               (long long)layer->padded[i]);
         layer->pointwise = layer->pointwise && layer->kernel[i] == 1 && geometry->stride[i] == 1 && padding == 0;
+        layer->geometry.stride[i] = flora_min(geometry->stride[i], layer->padded[i]); /* one output pixel either way */
     }
+    /* offsets in the images of h, dk and dh, whose margins make no extent more than three times the padded one */
+    if ((double)layer->padded_pixels * ((double)product + (double)layer->r_out + 64) * 27 > 0x1p60)
+        return flora_fail(error, FLORA_BAD_SHAPE, "ranks of %lld and %lld make a padded input of %lld pixels too large",
+                          (long long)layer->r_in, (long long)layer->r_out, (long long)layer->padded_pixels);
     h[1 + ndim] = layer->groups * layer->r_in;
 
     const struct {

@@ -811,3 +811,41 @@ def test_drop_refuses(arguments, error, match):
     with pytest.raises(error, match=f"^drop: {match}"):
         _core.drop(*arguments)
     assert arguments[0].all()
+
+
+def conv_backward(shape, batch=1, stride=(1, 1, 1), **changed):
+    """tucker_conv_backward of a Conv3d with everything that it can be given."""
+    core, x = torch.ones(2, 2, 2, 2, 2), torch.ones(batch, 3, *shape)
+    factors = [torch.ones(4, 2), torch.ones(3, 2), *(torch.ones(2, 2) for _ in range(3))]
+    out = [(extent - 2) // s + 1 for extent, s in zip(shape, stride, strict=True)]
+    arguments = {"dx": x * 0, "d_core": core * 0, "d_factors": [f * 0 for f in factors]}
+    arguments |= {"dy": torch.ones(batch, 4, *out), "x": x, "h": torch.ones(batch, *shape, 2), "core": core}
+    arguments |= {"factors": factors} | changed
+    _core.tucker_conv_backward(*arguments.values(), 1.0, stride, (0,) * 6, (1, 1, 1), 1, "zeros")
+    return arguments
+
+
+def test_the_most_arrays_that_a_call_can_have():
+    found = conv_backward((3, 3, 3))
+    assert all(torch.count_nonzero(d) == d.numel() for d in (found["dx"], found["d_core"], *found["d_factors"]))
+    wrong = [*found["factors"][:4], torch.ones(3, 2)]
+    with pytest.raises(ValueError, match=r"d_factors\[4\] must have shape \(3, 2\), not \(2, 2\)"):
+        conv_backward((3, 3, 3), factors=wrong, dy=torch.ones(1, 4, 2, 2, 1))
+
+
+def test_a_stride_beyond_the_input_is_one_output():
+    assert torch.equal(
+        conv_backward((3, 3, 3), stride=(2**62, 9, 1))["dx"], conv_backward((3, 3, 3), stride=(9, 9, 1))["dx"]
+    )
+
+
+def test_images_that_no_offset_can_reach_are_refused():
+    x = torch.empty(0, 1, 2**28, 2**28)
+    u = torch.ones(1, 16)
+    with pytest.raises(
+        ValueError, match="ranks of 16 and 16 make a padded input of 72057594037927936 pixels too large"
+    ):
+        _core.tucker_conv_backward(
+            None, None, [u * 0, None, None, None], x, x, None, torch.ones(16, 16, 1, 1), [u, u, None, None], 1.0,
+            (1, 1), (0,) * 4, (1, 1), 1, "zeros",
+        )  # fmt: skip

@@ -36,11 +36,11 @@ FLORA_INLINE void block(const int rows, const int vecs, const int act, const flo
     for (int r = 0; r < rows; r++) {
         FLORA_UNROLL
         for (int v = 0; v < vecs; v++) {
-            const uint16_t *from = (const uint16_t *)g->c_in + at + r * c_m + v * LANES;
-            if (act)
+            sum[r][v] = (f32v){0};
+            if (act) {
+                const uint16_t *from = (const uint16_t *)g->c_in + at + r * c_m + v * LANES;
                 sum[r][v] = v == vecs - 1 && width < LANES ? bf16_load_part(from, width) : bf16_load(from);
-            else
-                sum[r][v] = (f32v){0};
+            }
         }
         if (vecs == 1)
             sum[r][1] = (f32v){0};
