@@ -2,8 +2,8 @@
  * sum.
  *
  * A block of rows × vecs sums stays in registers; each pair of steps loads `vecs` vectors of b and broadcasts 32 bits
- * of a for each row. How a column is summed depends on n and k alone, not on how m is cut. Where c is float, c_in is added last;
- * where it is bfloat16, c_in is what the sums start from, and they are rounded once.
+ * of a for each row. How a column is summed depends on n and k alone, not on how m is cut. Where c is float, c_in is
+ * added last; where it is bfloat16, c_in is what the sums start from, and they are rounded once.
  */
 #if defined(__x86_64__)
 
