@@ -7,16 +7,17 @@ import datetime
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import cases, curves, models, plots
+from benchmarks import cases, curves, models, plots, small
 from benchmarks.report import DOCS, PARTS, RESULTS, Run, markdown
 from flora.bench import compare, machine
 from flora.bench.command import any_noisy
 from flora.bench.compare import ROUNDS
-from flora.bench.tables import ratios, terminal
+from flora.bench.tables import microseconds, ratios, terminal
 from flora.bench.timing import ATTEMPTS, FEWEST
 
-MODEL_ROUNDS = 7
-MODEL_ATTEMPTS = 2
+MODEL_ROUNDS = 5  # a step takes seconds: more rounds, or a second attempt, would be many minutes more
+MODEL_ATTEMPTS = 1
+SMALL_ROUNDS = 60
 CURVE_ROUNDS = 9
 LAYERS = {"layers": cases.LAYERS, "channels_last": cases.CHANNELS_LAST, "bfloat16": cases.BFLOAT16}
 
@@ -59,13 +60,14 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Run | Non
     def chosen(name: str) -> bool:
         return any(text.lower() in name.lower() for text in args.only)
 
-    rounds = {"layers": ROUNDS, "models": MODEL_ROUNDS, "curves": CURVE_ROUNDS}
+    rounds = {"layers": ROUNDS, "small": SMALL_ROUNDS, "models": MODEL_ROUNDS, "curves": CURVE_ROUNDS}
     rounds = dict.fromkeys(rounds, FEWEST) if args.quick else rounds
     attempts = 1 if args.quick else ATTEMPTS
     layers = {part: [c for c in LAYERS[part] if chosen(c.name)] for part in args.part if part in LAYERS}
+    calls = [c for c in small.CALLS if chosen(c.name)] if "small" in args.part else []
     networks = [m for m in models.MODELS if chosen(m.name)] if "models" in args.part else []
     lines = [c for c in curves.curves(quick=args.quick) if chosen(c.name)] if "curves" in args.part else []
-    if not (any(layers.values()) or networks or lines):
+    if not (any(layers.values()) or calls or networks or lines):
         parser.error(f"--only {' '.join(map(repr, args.only))} is in no name of {', '.join(args.part)}")
     run = Run()
     print(", ".join(f"{key} {value}" for key, value in run.machine.items() if not isinstance(value, dict)))
@@ -79,6 +81,10 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Run | Non
             result = compare.measure(case, rounds=rounds["layers"], attempts=attempts, plans=args.plans)
             run.results.setdefault(part, []).append(result)
             print(f"\n{terminal(result)}", flush=True)
+    for call in calls:
+        result = small.measure(call, rounds=rounds["small"], attempts=attempts)
+        run.results.setdefault("small", []).append(result)
+        print(f"\n{call.name}\n{microseconds([result], small.SHOWN)}", flush=True)
     for model in networks:
         result = models.measure(model, rounds=rounds["models"], attempts=min(attempts, MODEL_ATTEMPTS))
         run.results.setdefault("models", []).append(result)

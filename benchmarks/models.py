@@ -6,9 +6,11 @@ Every Linear and every convolution with one group is adapted, at rank 16 and ker
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -91,15 +93,20 @@ def served(name: str, module: nn.Module) -> bool:
 
 
 def makers(model: Model) -> dict[str, Callable[[], nn.Module]]:
-    """What is compared on a network, by name."""
+    """What is compared on a network, by name. It is made once and copied, as its first values take seconds to draw."""
+    made = cache(model.frozen)
+
+    def frozen() -> Whole:
+        return copy.deepcopy(made())
+
     return {
-        FROZEN: model.frozen,
-        LORA: lambda: _lora(model.frozen()),
-        "ΔW rebuilt": lambda: _each(model.frozen(), Rebuilt),
-        "factored, plain PyTorch": lambda: _each(model.frozen(), Factored),
-        FLORA: lambda: _flora(model.frozen()),
-        CORE_AND_OUT: lambda: _flora(model.frozen(), trainable=("core", "out")),
-        NARROW_BASE: lambda: _flora(model.frozen(), base=torch.bfloat16),
+        FROZEN: made,
+        LORA: lambda: _lora(frozen()),
+        "ΔW rebuilt": lambda: _each(frozen(), Rebuilt),
+        "factored, plain PyTorch": lambda: _each(frozen(), Factored),
+        FLORA: lambda: _flora(frozen()),
+        CORE_AND_OUT: lambda: _flora(frozen(), trainable=("core", "out")),
+        NARROW_BASE: lambda: _flora(frozen(), base=torch.bfloat16),
     }
 
 

@@ -21,12 +21,13 @@ matplotlib.rcParams["svg.fonttype"] = "none"
 def draw(run: Run, folder: Path) -> dict[str, str]:
     """Writes an SVG for each part and each curve into ``folder``; returns their file names by title.
 
-    Noisy figures are left out.
+    Noisy figures are left out, and so are small calls, of which no ratio is of interest.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     for part, results in run.results.items():
-        drawn[PARTS[part]] = _saved(_bars(results), folder, part)
+        if part != "small":
+            drawn[PARTS[part]] = _saved(_bars(results), folder, part)
     for name, points in run.curves.items():
         drawn[name] = _saved(_lines(name, points), folder, name)
     return drawn

@@ -11,7 +11,7 @@ from typing import Any
 
 from flora.bench import machine
 from flora.bench.compare import Result
-from flora.bench.tables import megabytes, ratios
+from flora.bench.tables import megabytes, microseconds, ratios
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -21,6 +21,7 @@ PARTS = {
     "layers": "One layer, float32",
     "channels_last": "One layer, float32, channels_last",
     "bfloat16": "One layer, bfloat16 activations and base",
+    "small": "Small calls, float32",
     "models": "A whole training step, float32",
     "curves": "How the cost grows",
 }
@@ -34,6 +35,11 @@ turns; `flora/bench/timing.py` says how, and when a figure is thrown away as noi
 The *limit* is what the adapter's own arithmetic would cost at the speed of the machine's matrix product, by the
 cheapest of flora's plans. A dash: the peer does not serve the layer. All have rank 16 (kernel rank 2); the Tucker peers
 are the same function. `python -m flora bench` measures your own layers on your own machine.
+"""
+
+_SMALL = """Microseconds of a call, lower quartile of samples of many calls each, and the median of their paired
+differences to the frozen layer's: what is added to a call is no share of it here. On the Linear flora should add at
+most 15 µs without gradients, with all of them not more than PEFT LoRA.
 """
 
 _SAVED = "Kept for backward, MiB (each storage once, weights included):"
@@ -72,32 +78,35 @@ class Run:
 
     @classmethod
     def read(cls, paths: Sequence[Path]) -> Run:
-        """Runs of one machine as one; a comparison that is in several is taken from the last.
+        """Runs, at least one, of one machine as one; a comparison that is in several is taken from the last.
 
         Raises OSError or ValueError, naming the file, for one that is none of ours or of another machine.
         """
-        whole: Run | None = None
-        for path in paths:
-            try:
-                content = json.loads(path.read_text())
-                run = cls(
-                    content["machine"],
-                    content["when"],
-                    {part: [*map(Result.from_dict, results)] for part, results in content["results"].items()},
-                    {
-                        name: {point["value"]: Result.from_dict(point) for point in points}
-                        for name, points in content["curves"].items()
-                    },
-                )
-            except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-                raise ValueError(f"{path} is no result of this program: {error!r}") from error
-            if whole is not None and whole.machine != run.machine:
+        first, *others = paths
+        whole = cls._read(first)
+        for path in others:
+            run = cls._read(path)
+            if whole.machine != run.machine:
                 differing = [key for key, value in run.machine.items() if whole.machine.get(key) != value]
                 raise ValueError(f"{path} is of another machine or setting: {', '.join(differing)}")
-            whole = run if whole is None else whole._with(run)
-        if whole is None:
-            raise ValueError("no file is given")
+            whole = whole._with(run)
         return whole
+
+    @classmethod
+    def _read(cls, path: Path) -> Run:
+        try:
+            content = json.loads(path.read_text())
+            return cls(
+                content["machine"],
+                content["when"],
+                {part: [*map(Result.from_dict, results)] for part, results in content["results"].items()},
+                {
+                    name: {point["value"]: Result.from_dict(point) for point in points}
+                    for name, points in content["curves"].items()
+                },
+            )
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is no result of this program: {error!r}") from error
 
     def _with(self, later: Run) -> Run:
         results = {
@@ -115,6 +124,9 @@ def markdown(run: Run, drawings: Mapping[str, str]) -> str:
         if not results:
             continue
         peers = _peers(results)
+        if part == "small":
+            parts += [f"## {title}\n", _SMALL, microseconds(results, peers), "", *_absent(results), *_noisy(results)]
+            continue
         parts += [f"## {title}\n", ratios(results, peers), ""]
         parts += [f"{_SAVED}\n", megabytes(results, peers, "saved"), ""]
         if any(row.peak is not None for result in results for row in result.rows):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import benchmarks.__main__ as program
-from benchmarks import cases, curves, models, plans, plots, report
+from benchmarks import cases, curves, models, plans, plots, report, small
 from benchmarks.models import Model
 from benchmarks.plans import Entry
 from flora import plan
@@ -145,6 +145,9 @@ def test_drift_cancels_in_paired_ratios(monkeypatch: pytest.MonkeyPatch) -> None
     for name, ratio in {"same": 1.0, "half more": 1.5, "slow": 4.0}.items():
         assert timings[name].ratio == pytest.approx(ratio, rel=0.01)
         assert timings[name].least < timings[name].quartile
+    assert timings["base"].over == 0.0
+    ratio_of_over = timings["slow"].over / timings["half more"].over
+    assert ratio_of_over == pytest.approx(3.0 / 0.5, rel=0.2)  # of fewer rounds, and so not of the same speed
     assert timings["half more"].samples == 15
     assert timings["slow"].samples == 5
 
@@ -246,7 +249,7 @@ def test_the_project_measures_every_layer_with_a_bound() -> None:
     assert all(case.bounds[FLORA] > 1.0 for case in found)
     assert all(case.channels_last for case in cases.CHANNELS_LAST)
     assert all(case.dtype == torch.bfloat16 for case in cases.BFLOAT16)
-    assert program.LAYERS.keys() | {"models", "curves"} == report.PARTS.keys()
+    assert program.LAYERS.keys() | {"small", "models", "curves"} == report.PARTS.keys()
 
 
 def test_bfloat16_bounds_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +264,60 @@ def test_bfloat16_bounds_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -
     assert bound(True, True) == pytest.approx(1.3)  # 0.6 of LoRA's overhead
     assert bound(False, False) is None
     assert bound(False, False, torch.float32) == 1.12
+
+
+def test_amx_counts_where_its_tiles_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_flags", lambda: {"amx_bf16"})
+    for available in (["portable", "v4-bf16"], ["portable", "v4-bf16", "v4-amx"]):
+        monkeypatch.setattr(machine.functional, "info", lambda names=available: {"isa_available": names})
+        assert machine.has_amx() == machine.multiplies_bfloat16() == ("v4-amx" in available)
+
+
+def test_c3a_has_about_as_many_parameters_as_lora() -> None:
+    case = linear(96, 64, 2, rank=4)
+    lora, c3a = (
+        sum(p.numel() for p in build(peers(case)[name], case).parameters() if p.requires_grad)
+        for name in (LORA, "PEFT C3A")
+    )
+    assert (lora, c3a) == (4 * (96 + 64), 96 * 64 // 8)
+
+
+def test_small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [(call.bounded, call.grad) for call in small.CALLS] == [(i < 2, i % 2 == 1) for i in range(4)]
+    assert small.CALLS[0].name == "Linear 768→768, 1 row, no grad"
+    measured = []
+
+    def timed(steps: dict, baseline: str, rounds: int, attempts: int) -> dict[str, Timing]:
+        for step in steps.values():
+            y = step()
+            measured.append(y is not None and not y.requires_grad)
+        over = {FROZEN: 0.0, LORA: 9e-6, FLORA: 12e-6}
+        return {name: Timing(1e-5, 1e-5, 1.0 + over[name] / 1e-5, 0.0, 9, 0.0, over[name]) for name in steps}
+
+    monkeypatch.setattr(small, "interleaved", timed)
+    still, both, free = (
+        small.measure(small.Call(LINEAR, grad, bounded), rounds=5, attempts=1)
+        for grad, bounded in ((False, True), (True, True), (True, False))
+    )
+    assert measured == [True] * 3 + [False] * 6  # without gradients no graph is made
+    assert (still.row(FLORA).over_bound, still.row(FLORA).met) == (small.MOST, True)
+    assert (both.row(FLORA).over_bound, both.row(FLORA).met) == (9e-6, False)
+    assert (free.row(FLORA).over_bound, free.row(FLORA).met) == (None, None)
+    assert tables.microseconds([still, both, free], small.SHOWN).splitlines()[2:] == [
+        f"| {LINEAR.name}, no grad | 10.0 | 10.0 | 10.0 | 9.0 | 12.0 | 15.0 ✓ |",
+        f"| {LINEAR.name}, forward and backward | 10.0 | 10.0 | 10.0 | 9.0 | 12.0 | 9.0 ✗ |",
+        f"| {LINEAR.name}, forward and backward | 10.0 | 10.0 | 10.0 | 9.0 | 12.0 |  |",
+    ]
+    spoiled = dataclasses.replace(still.row(FLORA), timing=dataclasses.replace(GOOD, disturbed=0.5))
+    assert (spoiled.over, spoiled.met) == (None, None)
+    assert Result.from_dict(json.loads(json.dumps(both.to_dict()))) == both
+
+
+def test_small_calls_without_a_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    rows = small.measure(small.Call(LINEAR, True, True), rounds=5, attempts=1).rows
+    assert [row.absent for row in rows] == [None, "peft is not installed", None]
+    assert (rows[2].over_bound, rows[2].met) == (None, None)
 
 
 def test_peak_bytes_counts_what_is_allocated_at_once() -> None:
@@ -311,24 +368,25 @@ TINY = [
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+def few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """The program with little to do, in a folder of its own."""
     monkeypatch.setattr(program, "LAYERS", {"layers": [LINEAR, CONV], "channels_last": [DEPTHWISE], "bfloat16": []})
     monkeypatch.setattr(models, "MODELS", TINY[:1])
-    few = [curves.Curve("Linear over threads", "threads", {1: LINEAR}, by_threads=True)]
-    monkeypatch.setattr(curves, "curves", lambda quick: few)
+    lines = [curves.Curve("Linear over threads", "threads", {1: LINEAR}, by_threads=True)]
+    monkeypatch.setattr(curves, "curves", lambda quick: lines)
+    monkeypatch.setattr(small, "CALLS", [small.Call(LINEAR, False, True)])
     monkeypatch.setattr(program, "DOCS", tmp_path / "docs")
     monkeypatch.setattr(program, "RESULTS", tmp_path / "results")
     yield tmp_path
 
 
-def test_a_run_gives_tables_json_drawings_and_the_docs_page(small: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_gives_tables_json_drawings_and_the_docs_page(few: Path, capsys: pytest.CaptureFixture) -> None:
     threads = torch.get_num_threads()
-    file = small / "run.json"
+    file = few / "run.json"
     assert program.main(["--quick", "--json", str(file)]) == 0
     assert torch.get_num_threads() == threads
     out = capsys.readouterr().out
-    for name in (LINEAR.name, CONV.name, DEPTHWISE.name, "vit", "Linear over threads"):
+    for name in (LINEAR.name, CONV.name, DEPTHWISE.name, f"{LINEAR.name}, no grad", "vit", "Linear over threads"):
         assert name in out
     assert "tltorch tucker_conv: has no groups" in out
     content = json.loads(file.read_text())
@@ -337,23 +395,25 @@ def test_a_run_gives_tables_json_drawings_and_the_docs_page(small: Path, capsys:
     assert rows[FLORA]["bound"] == 1.5
     assert rows[FLORA]["met"] == (rows[FLORA]["ratio"] <= 1.5)
     assert content["machine"]["torch"] == torch.__version__
-    drawn = sorted(path.name for path in (small / "run").iterdir())
+    drawn = sorted(path.name for path in (few / "run").iterdir())
     assert drawn == ["bench-channels-last.svg", "bench-layers.svg", "bench-linear-over-threads.svg", "bench-models.svg"]
 
-    assert program.main(["--read", str(file), "--docs", "--json", str(small / "again.json")]) == 0
-    assert json.loads((small / "again.json").read_text()) == content
-    page = (small / "docs" / "benchmarks.md").read_text()
+    assert program.main(["--read", str(file), "--docs", "--json", str(few / "again.json")]) == 0
+    assert json.loads((few / "again.json").read_text()) == content
+    page = (few / "docs" / "benchmarks.md").read_text()
     assert "## One layer, float32\n" in page
     assert f"| {LINEAR.name} | 1.00 |" in page
+    assert "## Small calls, float32\n" in page
+    assert f"\n| {LINEAR.name}, no grad | " in page
     assert "- tltorch tucker_conv, on " + DEPTHWISE.name + ": has no groups" in page
     assert f"torch {torch.__version__}" in page
-    assert all((small / "docs" / name).exists() and name in page for name in drawn)
-    first = (small / "run" / "bench-layers.svg").read_text()
-    assert (small / "docs" / "bench-layers.svg").read_text() == first  # the same run draws the same file
+    assert all((few / "docs" / name).exists() and name in page for name in drawn)
+    first = (few / "run" / "bench-layers.svg").read_text()
+    assert (few / "docs" / "bench-layers.svg").read_text() == first  # the same run draws the same file
 
 
-def test_runs_of_one_machine_are_put_together(small: Path) -> None:
-    parts = [small / "a.json", small / "b.json"]
+def test_runs_of_one_machine_are_put_together(few: Path) -> None:
+    parts = [few / "a.json", few / "b.json"]
     first = report.Run(results={"layers": [Result("x", ()), Result("y", ())]})
     later = report.Run(results={"layers": [Result("y", (Row(FLORA),))], "models": [Result("z", ())]})
     for path, run in zip(parts, (first, later), strict=True):
@@ -369,8 +429,8 @@ def test_runs_of_one_machine_are_put_together(small: Path) -> None:
         report.Run.read(parts)
 
 
-def test_the_program_refuses(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    for arguments in (["--only", "nothing"], ["--read", str(small / "none.json")], ["--part", "nothing"]):
+def test_the_program_refuses(few: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    for arguments in (["--only", "nothing"], ["--read", str(few / "none.json")], ["--part", "nothing"]):
         with pytest.raises(SystemExit) as exit_:
             program.main(arguments)
         assert exit_.value.code == 2
@@ -378,15 +438,15 @@ def test_the_program_refuses(small: Path, monkeypatch: pytest.MonkeyPatch, capsy
     shares(monkeypatch, 0.6, 0.6, 0.6)
     assert program.main([]) == 1
     assert capsys.readouterr().out.endswith("the machine is busy: others have 60% of its CPUs\n")
-    assert not (small / "results").exists()
+    assert not (few / "results").exists()
 
 
-def test_a_noisy_run_ends_with_1(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_noisy_run_ends_with_1(few: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(timing, "TOLERANCE", -1.0)
     monkeypatch.setattr(timing, "OF_OVERHEAD", 0.0)
     assert program.main(["--quick", "--part", "layers", "--only", LINEAR.name]) == 1
     assert "figures were too noisy to be used" in capsys.readouterr().out
-    assert len([*(small / "results").glob("*.json")]) == 1
+    assert len([*(few / "results").glob("*.json")]) == 1
 
 
 @pytest.mark.parametrize("model", TINY, ids=lambda model: model.name)
@@ -547,11 +607,23 @@ def test_the_plans_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     monkeypatch.setattr(plans, "grid", lambda: [(LINEAR, True), (DEPTHWISE, False)])
     monkeypatch.setattr(plans, "WITHIN", math.inf)
     file = tmp_path / "new" / "plans.json"
-    assert plans.main(["--quick", "--json", str(file)]) == 0
+    assert plans.main(["--quick", "--json", str(file)]) == 1
     assert f"{LINEAR.name}, rank 16, trained: picks " in capsys.readouterr().out
+    assert plans.main(["--read", str(file)]) == 1
+    assert "2 judged picks are too few, 100 at least" in capsys.readouterr().out
+    assert plans.main(["--read", str(file), "--only", "DEPTHWISE"]) == 0
+    out = capsys.readouterr().out
+    assert "1 of 1 picks" in out
+    assert "partial: only a part of the grid was judged" in out
+    monkeypatch.setattr(plans, "JUDGED", 2)
+    assert plans.main(["--read", str(file), str(file), "--fit"]) == 0
+    assert "2 of 2 picks" in capsys.readouterr().out  # no layer counts twice
     assert plans.main(["--read", str(file), "--fit"]) == 0
     assert "fitted: Speeds(skinny=" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         plans.main(["--only", "nothing"])
+    with pytest.raises(SystemExit):
+        plans.main(["--read", str(file), "--only", "nothing"])
     monkeypatch.setattr(plans, "GOAL", 1.1)
-    assert plans.main(["--read", str(file)]) == 1
+    for only in ([], ["--only", "depthwise"]):
+        assert plans.main(["--read", str(file), *only]) == 1

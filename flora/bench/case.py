@@ -89,7 +89,7 @@ def linear(
     bounds: Mapping[str, float] | None = None,
 ) -> Case:
     """A Linear on (rows, d_in)."""
-    name = f"Linear {d_in}→{d_out}, {rows} rows{_suffix(dtype, False)}"
+    name = f"Linear {d_in}→{d_out}, {rows} {'row' if rows == 1 else 'rows'}{_suffix(dtype, False)}"
     return Case(name, lambda: nn.Linear(d_in, d_out), (rows, d_in), dtype, rank=rank, bounds=bounds or {})
 
 

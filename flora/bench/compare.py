@@ -22,7 +22,7 @@ ROUNDS = 15
 @dataclass(frozen=True)
 class Row:
     """One peer in a comparison; ``absent`` says why it has no figures. ``bound`` is the greatest ratio it should have,
-    ``saved_bound`` the most bytes that it should keep for backward.
+    ``over_bound`` the most seconds above the frozen one, ``saved_bound`` the most bytes it should keep for backward.
     """
 
     peer: str
@@ -31,6 +31,7 @@ class Row:
     peak: int | None = None
     bound: float | None = None
     saved_bound: int | None = None
+    over_bound: float | None = None
     absent: str | None = None
 
     @property
@@ -39,15 +40,21 @@ class Row:
         return None if self.timing is None or self.timing.noisy else self.timing.ratio
 
     @property
+    def over(self) -> float | None:
+        """The seconds above the frozen step, None where there are none to be used."""
+        return None if self.timing is None or self.timing.noisy else self.timing.over
+
+    @property
     def noisy(self) -> bool:
         return self.timing is not None and self.timing.noisy
 
     @property
     def met(self) -> bool | None:
-        """Whether ratio and bytes are within their bounds; None where there is no bound, or no figure to be used."""
-        pairs = [(self.ratio, self.bound), (self.saved, self.saved_bound)]
+        """Whether the figures are within their bounds; None where there is no bound, or no figure to be used."""
+        pairs = [(self.ratio, self.bound), (self.over, self.over_bound), (self.saved, self.saved_bound)]
         judged = [value <= bound for value, bound in pairs if value is not None and bound is not None]
-        return all(judged) if judged and not (self.noisy and self.bound is not None) else None
+        unknown = self.noisy and (self.bound, self.over_bound) != (None, None)
+        return all(judged) if judged and not unknown else None
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ def compare(
     saved, peak, steps = {}, {}, {}
     for peer, module in modules.items():
         saved[peer] = saved_bytes(module, x)
-        steps[peer] = _step(module, x, dy)
+        steps[peer] = training_step(module, x, dy)
         peak[peer] = _peak(module, x, dy)
     timings = interleaved(steps, FROZEN, rounds, attempts=attempts)
     bounds, saved_bounds = bounds or {}, saved_bounds or {}
@@ -146,7 +153,7 @@ def _bounded(result: Result, dtype: torch.dtype) -> tuple[Row, ...]:
     )
 
 
-def _step(module: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
+def training_step(module: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
     """Forward and backward from no gradients, as an optimizer leaves them."""
     trained = [p for p in module.parameters() if p.requires_grad]
 
@@ -161,7 +168,7 @@ def _step(module: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
 
 
 def _peak(module: nn.Module, x: Tensor, dy: Tensor) -> int | None:
-    step = _step(module, x, dy)
+    step = training_step(module, x, dy)
 
     def clear() -> None:
         x.grad = None

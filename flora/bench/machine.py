@@ -47,8 +47,8 @@ def multiplies_bfloat16() -> bool:
 
 
 def has_amx() -> bool:
-    """Whether the CPU has tiles that multiply bfloat16."""
-    return "amx_bf16" in _flags()
+    """Whether bfloat16 can be multiplied in tiles: a virtual machine may advertise AMX without usable palettes."""
+    return "v4-amx" in functional.info()["isa_available"]
 
 
 def gemm_speed(dtype: torch.dtype = torch.float32) -> float:

@@ -52,6 +52,7 @@ def peers(case: Case, *, plans: bool = False) -> dict[str, Peer]:
         **(narrow if case.dtype == torch.bfloat16 else {}),
         "PEFT LoHa": _peft("LoHaConfig"),
         "PEFT LoKr": _peft("LoKrConfig"),
+        "PEFT C3A": Peer(_c3a, "peft"),
         "LyCORIS Tucker LoCon": _lycoris(bypass=False),
         "LyCORIS Tucker LoCon, bypass": _lycoris(bypass=True),
         "tltorch tucker_conv": Peer(_tltorch, "tltorch"),
@@ -177,6 +178,20 @@ def _peft(config: str, **options: Any) -> Peer:
         return module
 
     return Peer(make, "peft")
+
+
+def _c3a(layer: Layer, case: Case) -> nn.Module:
+    """With blocks of the size that comes closest to as many parameters as LoRA has."""
+    if not isinstance(layer, nn.Linear):
+        raise AbsentError("has Linear only")
+    d_out, d_in = layer.weight.shape
+    wanted = d_out * d_in / (case.rank * (d_out + d_in))
+    common = math.gcd(d_out, d_in)
+    size = min((n for n in range(1, common + 1) if common % n == 0), key=lambda n: abs(math.log(n / wanted)))
+    peft = importlib.import_module("peft")
+    configured = peft.C3AConfig(block_size=size, target_modules=["0"])
+    module: nn.Module = peft.get_peft_model(nn.Sequential(layer), configured).base_model.model[0]
+    return module
 
 
 def _lycoris(bypass: bool) -> Peer:

@@ -46,6 +46,18 @@ def megabytes(results: Sequence[Result], peers: Sequence[str], field: str) -> st
     return markdown(["", *peers], lines)
 
 
+def microseconds(results: Sequence[Result], peers: Sequence[str]) -> str:
+    """Times of single calls, and what they add to the frozen one's, as a Markdown table."""
+    bounded = list(dict.fromkeys(row.peer for result in results for row in result.rows if row.over_bound is not None))
+    head = ["µs", *peers, *(f"{peer} over {peers[0]}" for peer in peers[1:])]
+    lines = []
+    for result in results:
+        rows = [*map(result.row, peers)]
+        times = ["–" if row is None or row.timing is None else f"{row.timing.quartile * 1e6:.1f}" for row in rows]
+        lines.append([result.name, *times, *map(_over, rows[1:]), *(_over_bound(result.row(peer)) for peer in bounded)])
+    return markdown([*head, *(f"{peer} must reach" for peer in bounded)], lines)
+
+
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     rows = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
@@ -76,10 +88,26 @@ def _ratio(row: Row | None) -> str:
     return "noisy" if row.ratio is None else f"{row.ratio:.2f}"
 
 
+def _over(row: Row | None) -> str:
+    if row is None or row.timing is None:
+        return "–"
+    return "noisy" if row.over is None else f"{row.over * 1e6:.1f}"
+
+
+def _over_bound(row: Row | None) -> str:
+    if row is None or row.over_bound is None:
+        return ""
+    return f"{row.over_bound * 1e6:.1f}" + _mark(row.over, row.over_bound)
+
+
+def _mark(value: float | None, bound: float) -> str:
+    return "" if value is None else " ✓" if value <= bound else " ✗"
+
+
 def _bound(row: Row | None) -> str:
     if row is None or row.bound is None:
         return ""
-    return f"{row.bound:.2f}" + ("" if row.ratio is None else " ✓" if row.ratio <= row.bound else " ✗")
+    return f"{row.bound:.2f}" + _mark(row.ratio, row.bound)
 
 
 def _saved_bound(row: Row) -> str:

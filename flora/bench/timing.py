@@ -60,7 +60,7 @@ SLOW_EVERY = 3
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a step (least, lower quartile), and the ratio to the baseline with its error."""
+    """Seconds of a step (least, lower quartile), the ratio to the baseline with its error, and the seconds above it."""
 
     least: float
     quartile: float
@@ -69,6 +69,8 @@ class Timing:
     samples: int
     disturbed: float = 0.0
     """The share of the CPUs that others took meanwhile."""
+    over: float = 0.0
+    """Median of the paired differences to the baseline, for steps so short that what is added is no share of them."""
 
     @property
     def tolerance(self) -> float:
@@ -168,4 +170,5 @@ def _timing(pairs: list[Pair], disturbed: float, is_baseline: bool) -> Timing:
     low, median, high = statistics.quantiles([own / base for own, base in pairs], n=4)
     error = 0.93 * (high - low) / math.sqrt(len(pairs))
     quartile = statistics.quantiles(seconds, n=4)[0]
-    return Timing(min(seconds), quartile, 1.0 if is_baseline else median, error, len(pairs), disturbed)
+    ratio, over = (1.0, 0.0) if is_baseline else (median, statistics.median(own - base for own, base in pairs))
+    return Timing(min(seconds), quartile, ratio, error, len(pairs), disturbed, over)
