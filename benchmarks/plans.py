@@ -27,12 +27,12 @@ from flora.bench.case import Case, conv, linear
 from flora.bench.peers import build, peers
 from flora.bench.timing import FEWEST, TOLERANCE, interleaved
 from flora.kinds import kind_of
+from flora.plan import PLANS
 from flora.tables import aligned
 
 WITHIN = 1.10
 GOAL = 0.95
 JUDGED = 100
-PLANS = ("fused", "hybrid", "merged")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ class Entry:
     predicted: Mapping[str, float]
     seconds: Mapping[str, float]
     error: float
+
+    @property
+    def possible(self) -> tuple[str, ...]:
+        """The plans that "auto" chooses from."""
+        return tuple(name for name in PLANS if self.becomes[name] == name)
 
     @property
     def loss(self) -> float:
@@ -118,7 +123,7 @@ def measure(case: Case, grad: bool, *, rounds: int, attempts: int) -> Entry:
     arguments = kind_of(layer).op(layer), x, layer.weight, tucker
     becomes = {name: functional.resolve_plan(*arguments, name, 0.0, grad) for name in PLANS}
     call = _tuples(arguments[0].plan_call(x, layer.weight, tucker.core, grad))
-    picked = plan.choose_plan(*call)
+    picked = functional.resolve_plan(*arguments, "auto", 0.0, grad)
     steps = {becomes[name]: _step(modules[name], x, grad) for name in reversed(PLANS)}
     times = interleaved(
         steps, becomes["merged" if case.layer().weight.shape[1] == 1 else "fused"], rounds, attempts=attempts
@@ -153,7 +158,7 @@ def fit(entries: Sequence[Entry]) -> plan.Speeds:
         losses = []
         for entry in entries:
             costs = plan.plan_costs(*entry.call, speeds)
-            losses.append(entry.loss_of(min(costs, key=costs.__getitem__)))
+            losses.append(entry.loss_of(min(entry.possible, key=costs.__getitem__)))
         return sum(math.log(loss) + (loss > WITHIN) for loss in losses)
 
     best = plan.SPEEDS

@@ -28,6 +28,7 @@ from torch.autograd import forward_ad
 
 from flora import reference
 from flora.ops import Op, Tucker, dropout_factor, info, project, reconstruct, takes, zero_output
+from flora.plan import DROPPING, NO_HYBRID, PLANS
 
 __all__ = [
     "Tucker",
@@ -163,25 +164,23 @@ class _Fused(torch.autograd.Function):
             dropped = x * dropout_factor(x, dropout, ctx.seed)
         y, h = op.update_(op.base(x, weight, bias), dropped, Tucker(core, factors, scale), want_h=any(needs[6:]))
         of_input = needs[4] or needs[8]  # W; factors[1], the input's
-        ctx.x_like = None if of_input else (x.shape, x.dtype, x.stride())
+        ctx.x_like = None if of_input and dropout == 0 else _layout(x)
         ctx.save_for_backward(x if of_input else None, weight, bias if needs[5] else None, h, core, *factors)
         return y
 
     @staticmethod
     @_exactly
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, bias, h, core, *factors = ctx.saved_tensors
+        source, weight, bias, h, core, *factors = ctx.saved_tensors
         op, tucker, needs = ctx.op, Tucker(core, tuple(factors), ctx.scale), ctx.needs_input_grad[3:]
         by_twin = _by_twin(dy)
-        if x is None and by_twin:
+        if source is None and by_twin:
             raise RuntimeError(
                 "create_graph (or a batched gradient) needs the layer's input, which is not kept while neither its "
                 "factor nor the weight learns"
             )
-        if x is None:  # only its shape and layout matter from here on
-            shape, dtype, stride = ctx.x_like
-            x = torch.empty_strided(shape, stride, dtype=dtype)
-        kept = dropout_factor(x, ctx.dropout, ctx.seed) if ctx.dropout > 0 else None
+        kept = dropout_factor(_blank(ctx.x_like), ctx.dropout, ctx.seed) if ctx.dropout > 0 else None
+        x = _blank(ctx.x_like) if source is None else source  # a blank's shape and layout are all that matters
         if by_twin:
 
             def twin(x: Tensor, weight: Tensor, bias: Tensor | None, *parts: Tensor) -> Tensor:
@@ -193,7 +192,6 @@ class _Fused(torch.autograd.Function):
         dw = None if dw is None else dw.to(weight.dtype)
         if dx is None and not any(needs[3:]):
             return None, None, None, dx, dw, db, *[None] * len(needs[3:])
-        source = None if ctx.x_like is not None else x
         if kept is None:
             dx = None if dx is None else op.writable(dx)
             return None, None, None, dx, dw, db, *op.update_backward(dx, dy, source, h, tucker, needs[3:])
@@ -203,6 +201,19 @@ class _Fused(torch.autograd.Function):
         if dx is not None and d_dropped is not None:
             dx = dx + d_dropped * kept
         return None, None, None, dx, dw, db, *d_parts
+
+
+_Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+
+def _layout(x: Tensor) -> _Layout:
+    """What a dropout mask is drawn by. Kept for backward, as a saved-tensor hook may return x with other strides."""
+    return x.shape, x.stride(), x.dtype
+
+
+def _blank(layout: _Layout) -> Tensor:
+    shape, stride, dtype = layout
+    return torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
 
 
 def _seed() -> int:
@@ -287,7 +298,7 @@ class _Separate(torch.autograd.Function):
         core: Tensor,
         *factors: Tensor,
     ) -> Tensor:
-        ctx.op, ctx.scale, ctx.dropout, ctx.seed = op, scale, dropout, _seed()
+        ctx.op, ctx.scale, ctx.dropout, ctx.seed, ctx.x_like = op, scale, dropout, _seed(), _layout(x)
         ctx.save_for_backward(x, weight, bias if ctx.needs_input_grad[5] else None, core, *factors)
         return _separate(op, x, weight, bias, Tucker(core, factors, scale), dropout, ctx.seed)
 
@@ -296,7 +307,7 @@ class _Separate(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, core, *factors = ctx.saved_tensors
         op, tucker, needs = ctx.op, Tucker(core, tuple(factors), ctx.scale), ctx.needs_input_grad[3:]
-        kept = dropout_factor(x, ctx.dropout, ctx.seed)
+        kept = dropout_factor(_blank(ctx.x_like), ctx.dropout, ctx.seed)
         if _by_twin(dy):
 
             def twin(x: Tensor, weight: Tensor, bias: Tensor | None, *parts: Tensor) -> Tensor:
@@ -395,16 +406,19 @@ _NODES = {
 
 
 def resolve_plan(op: Op, x: Tensor, weight: Tensor, tucker: Tucker, plan: str, dropout: float, grad: bool) -> str:
-    """The plan that runs: ``plan`` itself, or for "auto" the cheapest by `flora.plan`, if dropout and dtype allow it.
+    """The plan that runs: ``plan`` itself, or for "auto" the cheapest by `flora.plan` of those that are possible.
 
-    hybrid keeps x for backward, fused keeps h alone where neither the input's factor nor W learns: "auto" then prefers
-    memory to a little time. hybrid and merged need the same x for W and ΔW: with dropout hybrid becomes fused and
-    merged becomes separate. Below float32, where W + s·ΔW is multiplied in float32, hybrid becomes fused, too.
+    hybrid and merged need the same x for W and ΔW: with dropout hybrid becomes fused and merged becomes separate. Below
+    float32, where W + s·ΔW is multiplied in float32, hybrid becomes fused, too. Where neither the input's factor nor W
+    learns, fused keeps h alone and the others x: there "auto" takes merged only if it is the cheapest of all, and fused
+    for hybrid, preferring memory to a little time.
     """
     if plan == "auto":
-        plan = op.plan(x, weight, tucker.core, grad)
+        possible = DROPPING if dropout > 0 else NO_HYBRID if weight.dtype in _BELOW_FLOAT32 else PLANS
+        plan = op.plan(x, weight, tucker.core, grad, possible)
         if plan == "hybrid" and grad and not (weight.requires_grad or tucker.factors[1].requires_grad):
             return "fused"
+        return plan
     if plan == "hybrid" and (dropout > 0 or weight.dtype in _BELOW_FLOAT32):
         return "fused"
     return "separate" if plan == "merged" and dropout > 0 else plan

@@ -98,7 +98,7 @@ class ConvKind(Kind):
             padding = _named_padding(conv.padding, conv.kernel_size, conv.dilation)
         else:
             padding = _both_sides(tuple(conv.padding))
-        return ConvOp(conv.stride, padding, conv.dilation, conv.groups, conv.padding_mode)
+        return ConvOp(tuple(conv.stride), padding, tuple(conv.dilation), conv.groups, conv.padding_mode)
 
 
 class EmbeddingKind(Kind):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flora import _core, reference
-from flora.plan import choose_plan
+from flora.plan import PLANS, choose_plan
 
 info = _core.info
 """What the extension runs on: kernel level, thread pool, thread count, whether the exchange API is in use."""
@@ -100,8 +100,8 @@ class LinearOp:
         rows = x.numel() // (x.shape[-1] or 1)
         return weight.shape, core.shape, 1, rows, rows, x.element_size(), grad
 
-    def plan(self, x: Tensor, weight: Tensor, core: Tensor, grad: bool) -> str:
-        return choose_plan(*self.plan_call(x, weight, core, grad))
+    def plan(self, x: Tensor, weight: Tensor, core: Tensor, grad: bool, possible: tuple[str, ...] = PLANS) -> str:
+        return choose_plan(*self.plan_call(x, weight, core, grad), possible)
 
 
 class AddmmOp(LinearOp):
@@ -208,7 +208,7 @@ class ConvOp(NamedTuple):
         return reference.conv_update(x, u_in, expanded, u_out, tucker.scale, *self)
 
     def empty_output(self, x: Tensor, d_out: int, kernel: Sequence[int]) -> Tensor:
-        """Zeros of the output's shape and x's memory format, in x's dtype."""
+        """Zeros of the output's shape, contiguous, in x's dtype."""
         out = []
         for i, extent in enumerate(x.shape[2:]):
             reach = self.dilation[i] * (kernel[i] - 1) + 1
@@ -219,8 +219,8 @@ class ConvOp(NamedTuple):
         """The arguments of `flora.plan.plan_costs` for this call."""
         return _conv_call(self, x.shape, weight.shape, core.shape, x.element_size(), grad)
 
-    def plan(self, x: Tensor, weight: Tensor, core: Tensor, grad: bool) -> str:
-        return choose_plan(*self.plan_call(x, weight, core, grad))
+    def plan(self, x: Tensor, weight: Tensor, core: Tensor, grad: bool, possible: tuple[str, ...] = PLANS) -> str:
+        return choose_plan(*self.plan_call(x, weight, core, grad), possible)
 
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)

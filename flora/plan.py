@@ -11,6 +11,11 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
+PLANS = ("fused", "hybrid", "merged")
+NO_HYBRID = ("fused", "merged")
+DROPPING = ("fused", "separate")
+"""The plans that there are to choose from: all, those below float32, those with dropout."""
+
 
 class Speeds(NamedTuple):
     """What things cost, in flops of a large product."""
@@ -38,7 +43,7 @@ def plan_costs(
     grad: bool,
     speeds: Speeds = SPEEDS,
 ) -> dict[str, float]:
-    """The costs of "fused", "hybrid" and "merged" for one call.
+    """The costs of "fused", "hybrid", "merged" and "separate" for one call.
 
     ``shape`` is the weight's (d_out, d_in/groups, *k), ``ranks`` the core's; pixels (or rows) are counted over the
     whole batch, before and after the layer; ``itemsize`` is an activation's in bytes; ``grad`` whether anything learns.
@@ -56,6 +61,9 @@ def plan_costs(
     traffic = speeds.byte * itemsize * (pixels_in * d_in + 2 * pixels_out * d_out)
     build = speeds.skinny * 2 * size * r_out + speeds.byte * 2 * itemsize * size + speeds.call
 
+    # A product of the layer's own extents: its weight gradient, say
+    product = 2 * pixels_out * size * (1.0 if groups == 1 else max(1.0, speeds.grouped / width))
+
     fused = skinny + traffic
     hybrid = merged = build
     if grad:
@@ -64,9 +72,13 @@ def plan_costs(
         reads = speeds.byte * itemsize * (pixels_in * d_in + pixels_out * d_out)
         fused += of_parameters + speeds.skinny * project + reads + speeds.byte * itemsize * 2 * pixels_in * d_in
         hybrid += build + of_parameters + speeds.skinny * project + reads
-        weight_gradient = 2 * pixels_out * size * (1.0 if groups == 1 else max(1.0, speeds.grouped / width))
-        merged += 2 * build + weight_gradient + reads
-    return {"fused": fused, "hybrid": hybrid, "merged": merged}
+        merged += 2 * build + product + reads
+    if itemsize < 4:
+        # The forward's product in float32, which costs another one at least, and x and y widened for it
+        merged += product + speeds.byte * 4 * 2 * (pixels_in * d_in + pixels_out * d_out)
+    # ΔW has a product of its own, in float32, and so has its dx
+    separate = merged + (2 if grad else 1) * product
+    return {"fused": fused, "hybrid": hybrid, "merged": merged, "separate": separate}
 
 
 @lru_cache(maxsize=4096)
@@ -78,7 +90,8 @@ def choose_plan(
     pixels_out: int,
     itemsize: int,
     grad: bool,
+    possible: tuple[str, ...] = PLANS,
 ) -> str:
-    """The cheapest plan by `plan_costs`."""
+    """The cheapest of the ``possible`` plans by `plan_costs`."""
     costs = plan_costs(shape, ranks, groups, pixels_in, pixels_out, itemsize, grad)
-    return min(costs, key=costs.__getitem__)
+    return min(possible, key=costs.__getitem__)

@@ -508,7 +508,9 @@ def test_dropout_under_another_default_device():
     layer = flora.wrap(nn.Linear(5, 7), flora.TuckerConfig(rank=3, dropout=0.5))
     x = torch.randn(3, 5)
     with torch.device("meta"):
-        assert layer(x).device.type == "cpu"
+        y = layer(x)
+        assert y.device.type == "cpu"
+        y.sum().backward()
 
 
 def test_autocast_does_not_narrow_the_delta_of_a_depthwise_layer_or_a_table():
@@ -543,6 +545,32 @@ def test_gradcheck_with_dropout(case, plan):
     with_graph = run(*inputs)
     with torch.no_grad():
         torch.testing.assert_close(run(*inputs), with_graph.detach())
+
+
+@pytest.mark.parametrize("trainable", [("core", "factors"), ("core", "out")])
+@pytest.mark.parametrize("case", ["fused", "separate", "overlapping"])
+def test_dropout_whatever_layout_a_saved_tensor_hook_returns(case, trainable):
+    """The mask is drawn by the layout of x; offloading to the CPU, for one, gives x back contiguous."""
+    x = torch.randn(2, 6, 5, 4).contiguous(memory_format=torch.channels_last)
+    if case == "overlapping":
+        x = x[:1, :, :1].expand(2, 6, 5, 4)
+    groups, plan = (6, "auto") if case == "separate" else (1, "fused")
+    config = flora.TuckerConfig(rank=3, plan=plan, dropout=0.5, trainable=trainable)
+    layer = flora.wrap(nn.Conv2d(6, 12, 3, padding=1, groups=groups), config)
+    with torch.no_grad():
+        for part in layer.deltas.parameters():
+            part.normal_()
+    inputs = [x.requires_grad_(), *(p for p in layer.parameters() if p.requires_grad)]
+
+    def gradients():
+        torch.manual_seed(0)
+        return torch.autograd.grad(layer(x).square().sum(), inputs)
+
+    expected = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().contiguous().clone(), lambda t: t):
+        found = gradients()
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
 def test_dropout_keeps_the_expected_share_and_scale():

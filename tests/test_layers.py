@@ -561,6 +561,15 @@ def test_an_attribute_of_the_base_is_set_on_the_base():
     assert not hasattr(layer.base_layer, "note")
 
 
+def test_a_convolution_takes_lists_as_pytorch_does():
+    base = nn.Conv2d(4, 6, 3)
+    layer, x = wrapped(base, flora.TuckerConfig(rank=4)), torch.randn(1, 4, 9, 9)
+    base.stride, base.dilation, base.padding = (2, 1), (1, 2), (1, 0)
+    expected = layer(x)
+    base.stride, base.dilation, base.padding = [2, 1], [1, 2], [1, 0]
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+
+
 def test_meta_while_merged():
     layer = wrapped(nn.Linear(5, 7))
     layer.merge()

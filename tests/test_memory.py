@@ -82,7 +82,8 @@ def kept_by(family, change=None, learn_input=True):
 
 
 def adapt(**options):
-    return lambda model: flora.adapt(model, flora.TuckerConfig(rank=RANK, target_modules=targets(model), **options))
+    options = {"rank": RANK} | options
+    return lambda model: flora.adapt(model, flora.TuckerConfig(target_modules=targets(model), **options))
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -105,9 +106,20 @@ def test_core_and_output_factors_alone_keep_h_and_nothing_else(family):
     assert projected and kept <= kept_by(family) + sum(projected)
 
 
+@pytest.mark.parametrize(("family", "bound"), [("vit", 0.98), ("convnext", 0.93), ("llama", 1.02)])
+def test_core_and_output_factors_alone_keep_what_the_frozen_model_keeps(family, bound):
+    """Less than 3 % more; less than the frozen model where that keeps an input which its frozen layer does not need.
+
+    The rank is to these narrow layers what 16 is to a network's of usual width.
+    """
+    frozen = kept_by(family)
+    assert kept_by(family, adapt(trainable=("core", "out"), rank=2)) <= bound * frozen
+    assert kept_by(family, adapt(rank=2)) > 1.3 * frozen  # with the inputs that their factors need
+
+
 @pytest.mark.parametrize("family", MODELS)
 def test_no_more_is_kept_than_by_lora(family):
-    """PEFT's LoRA on the Linears, with and without dropout; flora adapts the convolutions as well."""
+    """PEFT's LoRA and flora on the same layers, every Linear and no convolution, with and without dropout."""
 
     def lora(model, dropout):
         linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import flora
-from flora.plan import choose_plan
+from flora.plan import DROPPING, NO_HYBRID, choose_plan, plan_costs
 
 FLOAT = 4
 
@@ -44,3 +44,39 @@ def test_a_plan_that_is_asked_for_is_taken(plan):
     assert delta.plan(op, torch.ones(3, 8), base.weight) == plan
     half = {"fused": "fused", "hybrid": "fused", "merged": "merged"}[plan]
     assert delta.plan(op, torch.ones(3, 8).bfloat16(), base.weight.bfloat16()) == half
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dropout", "width", "rank", "cheapest", "expected"),
+    [
+        (torch.bfloat16, 0.0, 128, 32, "hybrid", "merged"),
+        (torch.float32, 0.1, 512, 64, "hybrid", "fused"),
+        (torch.float32, 0.1, 64, 8, "merged", "fused"),
+    ],
+)
+def test_auto_takes_the_cheapest_of_the_possible_plans(dtype, dropout, width, rank, cheapest, expected):
+    """The next one after an impossible plan is not always fused, nor is separate as cheap as merged."""
+    base = nn.Linear(width, width, dtype=dtype)
+    delta = flora.wrap(base, flora.TuckerConfig(rank=rank, dropout=dropout)).deltas["default"]
+    op, x = flora.kinds.kind_of(base).op(base), torch.empty(1000, width, dtype=dtype)
+    call = op.plan_call(x, base.weight, delta.core, True)
+    costs = plan_costs(*call)
+    assert choose_plan(*call) == cheapest
+    assert delta.plan(op, x, base.weight) == expected
+    assert expected == min(DROPPING if dropout else NO_HYBRID, key=costs.__getitem__)
+
+
+def test_a_depthwise_convolution_with_dropout_is_separate():
+    base = nn.Conv2d(96, 96, 7, padding=3, groups=96)
+    delta = flora.wrap(base, flora.TuckerConfig(rank=16, dropout=0.1)).deltas["default"]
+    assert delta.plan(flora.kinds.kind_of(base).op(base), torch.empty(2, 96, 28, 28), base.weight) == "separate"
+
+
+def test_hybrid_gives_way_to_the_plan_that_keeps_no_x():
+    """Where the input's factor is frozen, also if merged, which keeps x as well, would be cheaper than fused."""
+    base = nn.Linear(128, 128)
+    delta = flora.wrap(base, flora.TuckerConfig(rank=8, trainable=("core", "out"))).deltas["default"]
+    op, x = flora.kinds.kind_of(base).op(base), torch.empty(1000, 128)
+    costs = plan_costs(*op.plan_call(x, base.weight, delta.core, True))
+    assert costs["hybrid"] < costs["merged"] < costs["fused"]
+    assert delta.plan(op, x, base.weight) == "fused"
