@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import cases, curves, models, plots, small
-from benchmarks.report import DOCS, PARTS, RESULTS, Run, markdown
+from benchmarks.report import DOCS, PARTS, RESULTS, Run, into_readme, markdown
 from flora.bench import compare, machine
 from flora.bench.command import any_noisy
 from flora.bench.compare import ROUNDS
@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"written to {target} and, {len(drawn)} drawings, {DOCS if args.docs else target.with_suffix('')}")
     if args.docs:
         (DOCS / "benchmarks.md").write_text(markdown(run, drawn))
+        readme = DOCS.parent / "README.md"
+        readme.write_text(into_readme(readme.read_text(), run))
     return 1 if any_noisy(run.all()) else 0
 
 
@@ -48,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="few samples, one attempt, short curves")
     parser.add_argument("--plans", action="store_true", help="also each of flora's plans by itself, on single layers")
     parser.add_argument("--anyway", action="store_true", help="measure on a busy machine too; noisy figures are marked")
-    parser.add_argument("--docs", action="store_true", help="write docs/benchmarks.md and its drawings")
+    parser.add_argument("--docs", action="store_true", help="write docs/benchmarks.md and the README's table")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write instead of benchmarks/results")
     parser.add_argument("--read", type=Path, nargs="+", metavar="FILE", help="put earlier results together instead")
     return parser

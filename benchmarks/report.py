@@ -138,6 +138,19 @@ def markdown(run: Run, drawings: Mapping[str, str]) -> str:
     return "\n".join(parts)
 
 
+_SHOWN = ("full fine-tuning", "PEFT LoRA", "ΔW rebuilt", "factored, plain PyTorch", "flora")
+_BEGIN, _END = "<!-- benchmarks: written by make bench ARGS=--docs -->", "<!-- end of benchmarks -->"
+
+
+def into_readme(readme: str, run: Run) -> str:
+    """The README's text with a short table of a run's single layers, and its machine, between the two marks."""
+    results = [result for part in ("layers", "channels_last", "bfloat16") for result in run.results.get(part, ())]
+    before, _, rest = readme.partition(_BEGIN)
+    after = rest.partition(_END)[2]
+    table = f"{ratios(results, _SHOWN)}\n\nMeasured on {run.when[:10]}: {_machine(run.machine)}."
+    return f"{before}{_BEGIN}\n{table}\n{_END}{after}"
+
+
 def _peers(results: Sequence[Result]) -> list[str]:
     """Every peer that some result has figures of, in order."""
     rows = [row for result in results for row in result.rows]

@@ -398,7 +398,10 @@ def test_a_run_gives_tables_json_drawings_and_the_docs_page(few: Path, capsys: p
     drawn = sorted(path.name for path in (few / "run").iterdir())
     assert drawn == ["bench-channels-last.svg", "bench-layers.svg", "bench-linear-over-threads.svg", "bench-models.svg"]
 
+    (few / "README.md").write_text(f"before {report._BEGIN}old{report._END} after")
     assert program.main(["--read", str(file), "--docs", "--json", str(few / "again.json")]) == 0
+    readme = (few / "README.md").read_text()
+    assert f"| {LINEAR.name} | " in readme and "old" not in readme and readme.endswith(" after")
     assert json.loads((few / "again.json").read_text()) == content
     page = (few / "docs" / "benchmarks.md").read_text()
     assert "## One layer, float32\n" in page
@@ -410,6 +413,16 @@ def test_a_run_gives_tables_json_drawings_and_the_docs_page(few: Path, capsys: p
     assert all((few / "docs" / name).exists() and name in page for name in drawn)
     first = (few / "run" / "bench-layers.svg").read_text()
     assert (few / "docs" / "bench-layers.svg").read_text() == first  # the same run draws the same file
+
+
+def test_the_readme_takes_a_table_between_its_marks() -> None:
+    run = report.Run(results={"layers": [Result("a layer", (Row(FLORA, absent="none"),))]})
+    readme = (report.ROOT / "README.md").read_text()
+    once = report.into_readme(readme, run)
+    assert "| a layer |" in once
+    assert report.into_readme(once, run) == once
+    before, after = readme.split(report._BEGIN)[0], readme.split(report._END)[1]
+    assert once.startswith(before) and once.endswith(after)
 
 
 def test_runs_of_one_machine_are_put_together(few: Path) -> None:
