@@ -34,7 +34,7 @@ format: $(INSTALLED)
 demo: $(BUILT)
 	$(BIN)/python -m flora finetune --output runs/demo $(ARGS)
 
-bench: $(BUILT)  ## flora beside its peers; about ten minutes on a quiet machine. ARGS=--help lists the options
+bench: $(BUILT)  ## flora beside its peers; about twenty minutes on a quiet machine. ARGS=--help lists the options
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # A build of its own beside the normal one. The tests run from its folder, so that it is the one they import. What Python
