@@ -3,7 +3,7 @@
  *
  * The generator is SplitMix64 (Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014),
  * whose i-th number is a hash of seed + i · γ; each gives two elements 32 bits. The naive version is
- * flora/reference.py's drop.
+ * flora/reference/dropout.py's drop.
  */
 #include "parallel.h"
 #include "tucker.h"

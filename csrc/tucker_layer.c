@@ -6,7 +6,7 @@
  * and backward
  *     dk = s · dy · U_out       dh = Σ_tap dk(at tap) · G_tap        dx += dh · U_inᵀ
  *     dU_out = s · dyᵀ · k      dG_tap = dkᵀ · h(at tap)             dU_in = xᵀ · dh
- * The naive versions are flora/reference.py's tucker_linear_* and tucker_conv_*.
+ * The naive versions are flora/reference/tucker.py's tucker_linear_* and tucker_conv_*.
  *
  * Work is cut into tiles of pixels of one image and one group. Everything that has `rank` columns lives in tiles with
  * channels last, padded to the vector width, in scratch; x, y, dy and dx are read and written where they are, once.

@@ -3,7 +3,7 @@
  * Types: out, weight and d_weight act; core, factors and all in between real; sums real, out rounded once.
  * Source: FLoRA, arXiv 2405.14739; with ×_m the product along mode m,
  *     out = weight + s · core ×_0 U_0 ×_1 U_1 …
- * The naive versions are flora/reference.py's tucker_reconstruct and tucker_reconstruct_backward.
+ * The naive versions are flora/reference/tucker.py's tucker_reconstruct and tucker_reconstruct_backward.
  *
  * Modes are renumbered by the strides of out (or d_weight), largest first, so that a channels_last or transposed weight
  * is handled where it is: a Tucker decomposition does not care which mode is called which. Then

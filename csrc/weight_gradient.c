@@ -2,7 +2,7 @@
  *
  * Types: x and dy act, d_weight real; sums real.
  *     dW[o, c, tap] = Σ_image Σ_pixel dy[image, o, pixel] · x[image, group(o)·width + c, pixel at tap]
- * The naive version is flora/reference.py's conv_weight_gradient.
+ * The naive version is flora/reference/conv.py's conv_weight_gradient.
  *
  * A general convolution is a matrix product with the weight gradient as its result; here there is nothing to share
  * between channels, so the vector runs over them: LANES output channels are taken together, their planes of dy, and of

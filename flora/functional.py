@@ -452,7 +452,7 @@ def adapted(
     if not x.is_cpu or torch.is_autocast_enabled("cpu"):
         x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
     core, factors, scale = tucker
-    if _watched() or not takes(x, weight, bias, core, factors):
+    if _watched() or not takes(x, weight, bias, (core, *factors)):
         if x.layout is torch.strided and not x.is_nested:
             return _add_to(op.base(x, weight, bias), _twin(op, F.dropout(x, dropout) if dropout > 0 else x, tucker))
         if dropout == 0:  # sparse or nested: whatever the stock operation takes
@@ -481,7 +481,7 @@ def adapted(
 def update(op: Op, x: Tensor, tucker: Tucker, *, dropout: float = 0.0) -> Tensor:
     """s·ΔW·dropout(x) alone, of the stock operation's output shape and x's dtype: for bases that hide their weight."""
     (x,) = _autocast(x)  # type: ignore[assignment]
-    if _watched() or not takes(x, None, None, tucker.core, tucker.factors):
+    if _watched() or not takes(x, None, None, (tucker.core, *tucker.factors)):
         return _twin(op, F.dropout(x, dropout) if dropout > 0 else x, tucker).to(x.dtype)
     x = _dropped(x, dropout)
     if torch.is_grad_enabled():
@@ -492,7 +492,7 @@ def update(op: Op, x: Tensor, tucker: Tucker, *, dropout: float = 0.0) -> Tensor
 
 def effective_weight(weight: Tensor | None, tucker: Tucker) -> Tensor:
     """W + s·ΔW (d_out, d_in/groups, *k), differentiable, in W's dtype; for None s·ΔW alone in the factors' dtype."""
-    if not _watched() and takes(tucker.core if weight is None else weight, None, None, tucker.core, tucker.factors):
+    if not _watched() and takes(tucker.core if weight is None else weight, None, None, (tucker.core, *tucker.factors)):
         out: Tensor = _Reconstruct.apply(  # type: ignore[no-untyped-call]
             tucker.scale, weight, tucker.core, *tucker.factors
         )

@@ -635,7 +635,7 @@ def test_a_torch_without_the_exchange_api():
         "out = torch.zeros(4)\n"
         "core.tucker_reconstruct(out, None, torch.ones(4, requires_grad=True), [None], 2.0)\n"
         "assert out.tolist() == [2, 2, 2, 2] and out._version == 1 and core.info()['exchange_api'] is False\n"
-        "assert core.takes(out, None, None, out, (out,)) and not core.takes(out.long(), None, None, out, ())\n"
+        "assert core.takes(out, None, None, (out, out)) and not core.takes(out.long(), None, None, (out,))\n"
     )
 
 
@@ -778,21 +778,22 @@ def test_what_the_kernels_take():
 
     x, half, double = torch.ones(2), torch.ones(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.float64)
     for taken in [
-        (x, x, x, x, (x, nn.Parameter(x))),
-        (half, half, half, x, (x,)),
-        (double, double, None, double, ()),
-        (x.expand(3, 2), None, None, x, (x[:0],)),
+        (x, x, x, (x, x, nn.Parameter(x))),
+        (half, half, half, (x, None, x)),
+        (double, double, None, (double,)),
+        (x.expand(3, 2), None, None, (x, x[:0])),
+        (x, x, None, ()),
     ]:
         assert _core.takes(*taken) is True
-    for refused in (half, double, x.long(), x.to("meta"), x.to_sparse(), x.as_subclass(Subclass), x.numpy(), None, 1.0):
-        assert _core.takes(x, x, x, refused, (x,)) is False
-        assert _core.takes(x, x, x, x, (x, refused)) is False
-        if refused is not None:
-            assert _core.takes(x, refused, None, x, ()) is False
-    assert _core.takes(x, None, x.to("meta"), x, ()) is False
-    with pytest.raises(TypeError, match="takes: factors is .*, not a tuple"):
-        _core.takes(x, x, x, x, [x])
-    with pytest.raises(TypeError, match="takes exactly 5 positional"):
+    for refused in (half, double, x.long(), x.to("meta"), x.to_sparse(), x.as_subclass(Subclass), x.numpy(), 1.0):
+        assert _core.takes(x, x, x, (refused, x)) is False
+        assert _core.takes(x, x, x, (x, x, refused)) is False
+        assert _core.takes(x, refused, None, (x,)) is False
+    assert _core.takes(x, None, x.to("meta"), (x,)) is False
+    assert _core.takes(None, x, None, (x,)) is False
+    with pytest.raises(TypeError, match="takes: parameters is .*, not a tuple"):
+        _core.takes(x, x, x, [x])
+    with pytest.raises(TypeError, match="takes exactly 4 positional"):
         _core.takes(x)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flora import _core, reference
 from flora.functional import compute_dtype
+from flora.reference.conv import PADDING_MODES
 
 NAMES = {
     name: tuple(inspect.signature(getattr(reference, name)).parameters)
@@ -212,7 +213,7 @@ def convolution(case, sizes):
         c_in, c_out, r_in, r_out = (case.draw(channels) for _ in range(4))
         kernel, stride, dilation = (case.draw(st.tuples(*[SMALL] * n)) for _ in range(3))
         padding = case.draw(st.tuples(*[st.integers(0, 2)] * (2 * n)))
-        mode = case.draw(st.sampled_from(tuple(reference.PADDING_MODES)))
+        mode = case.draw(st.sampled_from(tuple(PADDING_MODES)))
         extents = []
         for k, d, before, after in zip(kernel, dilation, padding[::2], padding[1::2], strict=True):
             least = {"reflect": 1 + max(before, after), "circular": max(before, after)}.get(mode, 1)

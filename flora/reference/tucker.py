@@ -1,8 +1,4 @@
-"""A plain PyTorch twin of every function of ``flora._core``: same names, same arguments, same effect.
-
-These are the formulas in their shortest form. The tests compare every C body with them, and `flora.functional` runs
-their differentiable halves (the functions that return a value) where the C kernels cannot go: other devices, tensor
-subclasses, ``torch.func``, double backward.
+"""Twins of the Tucker kernels, and their differentiable halves.
 
 Notation as in docs/methods.md: core G (r_out, r_in, *k), factors U_out (d_out, r_out), U_in (d_in / groups, r_in), one
 U_k (k, r_k) for each kernel mode, scale s. Source: FLoRA, arXiv 2405.14739.
@@ -10,17 +6,12 @@ U_k (k, r_k) for each kernel mode, scale s. Source: FLoRA, arXiv 2405.14739.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
-
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
+from flora.reference.conv import CONV, pad_input
 
 # The differentiable halves -----------------------------------------------------------------------------------------
 
@@ -31,15 +22,6 @@ def linear_update(x: Tensor, u_in: Tensor, core: Tensor | None, u_out: Tensor, s
     if core is not None:
         k = k @ core.mT
     return scale * (k @ u_out.mT)
-
-
-def pad_input(x: Tensor, padding: Sequence[int], padding_mode: str) -> Tensor:
-    """x (batch, channels, *in) padded by ``padding`` = (before, after) of each spatial mode, first mode first."""
-    if not any(padding):
-        return x
-    pairs = [(padding[i], padding[i + 1]) for i in range(0, len(padding), 2)]
-    flat = [p for pair in reversed(pairs) for p in pair]  # F.pad counts from the last mode
-    return F.pad(x, flat, mode=PADDING_MODES[padding_mode])
 
 
 def conv_project(x: Tensor, u_in: Tensor, groups: int) -> Tensor:
@@ -70,7 +52,7 @@ def conv_finish(
 ) -> Tensor:
     """The second half of `conv_update`, from the projected and padded h (batch, groups·r_in, *padded)."""
     kernel = core.repeat(groups, *[1] * (core.ndim - 1))
-    k = _CONV[core.ndim - 2](h, kernel, None, tuple(stride), 0, tuple(dilation), groups)
+    k = CONV[core.ndim - 2](h, kernel, None, tuple(stride), 0, tuple(dilation), groups)
     by_group = u_out.reshape(groups, u_out.shape[0] // groups, u_out.shape[1])
     k = k.reshape(k.shape[0], groups, core.shape[0], *k.shape[2:])
     return scale * torch.einsum("ngr...,gor->ngo...", k, by_group).flatten(1, 2)
@@ -210,25 +192,6 @@ def tucker_conv_backward(
                 out.copy_(out.to(core.dtype) + grad if out is dx else grad)
 
 
-def conv_weight_gradient(
-    d_weight: Tensor,
-    dy: Tensor,
-    x: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    padding_mode: str,
-) -> None:
-    """The weight gradient (d_out, d_in/groups, *k) of a convolution of x for dy, written to d_weight."""
-    padded = pad_input(x.detach().to(d_weight.dtype), padding, padding_mode)
-    with torch.enable_grad():
-        weight = torch.zeros_like(d_weight).requires_grad_()
-        y = _CONV[weight.ndim - 2](padded, weight, None, tuple(stride), 0, tuple(dilation), groups)
-        (grad,) = torch.autograd.grad(y, weight, dy.to(d_weight.dtype))
-    d_weight.copy_(grad)
-
-
 def tucker_reconstruct(
     out: Tensor, weight: Tensor | None, core: Tensor, factors: Sequence[Tensor | None], scale: float
 ) -> None:
@@ -261,17 +224,3 @@ def tucker_reconstruct_backward(
         if out is not None:
             assert grad is not None
             out.copy_(grad)
-
-
-def drop(out: Tensor, probability: float, seed: int) -> None:
-    """Zeroes elements of out (n) with this probability, two from each number of SplitMix64 (OOPSLA 2014)."""
-
-    def mixed(z: Tensor, shift: int, factor: int) -> Tensor:
-        z = z ^ ((z >> shift) & (2 ** (64 - shift) - 1))  # int64, so the shift has to be made a logical one
-        return z * (factor - 2**64)
-
-    z = seed + torch.arange(1, (len(out) + 1) // 2 + 1) * (0x9E3779B97F4A7C15 - 2**64)
-    z = mixed(mixed(z, 30, 0xBF58476D1CE4E5B9), 27, 0x94D049BB133111EB)
-    z = z ^ ((z >> 31) & (2**33 - 1))
-    draws = torch.stack([z & (2**32 - 1), (z >> 32) & (2**32 - 1)], 1).flatten()[: len(out)]
-    out.masked_fill_(draws < math.ceil(probability * 2**32), 0)

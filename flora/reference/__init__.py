@@ -1,0 +1,41 @@
+"""A plain PyTorch twin of every function of ``flora._core``: same names, same arguments, same effect; a file a family.
+
+These are the formulas in their shortest form. The tests compare every C body with them, and `flora.functional` runs
+their differentiable halves (the functions that return a value) where the C kernels cannot go: other devices, tensor
+subclasses, ``torch.func``, double backward.
+"""
+
+from flora.reference.conv import conv_weight_gradient, pad_input
+from flora.reference.dropout import drop
+from flora.reference.tucker import (
+    conv_finish,
+    conv_project,
+    conv_update,
+    linear_update,
+    mode_product,
+    reconstruct,
+    tucker_conv_backward,
+    tucker_conv_forward,
+    tucker_linear_backward,
+    tucker_linear_forward,
+    tucker_reconstruct,
+    tucker_reconstruct_backward,
+)
+
+__all__ = [
+    "conv_finish",
+    "conv_project",
+    "conv_update",
+    "conv_weight_gradient",
+    "drop",
+    "linear_update",
+    "mode_product",
+    "pad_input",
+    "reconstruct",
+    "tucker_conv_backward",
+    "tucker_conv_forward",
+    "tucker_linear_backward",
+    "tucker_linear_forward",
+    "tucker_reconstruct",
+    "tucker_reconstruct_backward",
+]
