@@ -122,7 +122,7 @@ def measure(case: Case, grad: bool, *, rounds: int, attempts: int) -> Entry:
     tucker = modules["fused"].deltas["default"].tucker
     arguments = kind_of(layer).op(layer), x, layer.weight, tucker
     becomes = {name: functional.resolve_plan(*arguments, name, 0.0, grad) for name in PLANS}
-    call = _tuples(arguments[0].plan_call(x, layer.weight, tucker.core, grad))
+    call = _tuples(tucker.form.plan_call(arguments[0], x, layer.weight, tucker.tensors, grad))
     picked = functional.resolve_plan(*arguments, "auto", 0.0, grad)
     steps = {becomes[name]: _step(modules[name], x, grad) for name in reversed(PLANS)}
     times = interleaved(

@@ -1,18 +1,17 @@
-"""How an adapted layer computes: plans, dispatch and autograd, over any stock operation of `flora.ops`.
+"""How an adapted layer computes: plans, dispatch and autograd, over any operation of `flora.ops` and any form.
 
 fused
-    y = op(x, W), then y += s·ΔW·x through the factors, in place; the same for dx. One autograd node keeps x and h.
+    y = op(x, W), then y += s·ΔW·x through the parameters, in place; the same for dx. One node keeps x and h.
 hybrid
-    W' = W + s·ΔW for the moment, y = op(x, W'); in backward W' is built again and the factor gradients are the skinny
-    products of the fused plan. Nothing of the weight's size is kept.
+    W' = W + s·ΔW for the moment, y = op(x, W'); in backward W' is built again and the parameters' gradients are those
+    of the fused plan. Nothing of the weight's size is kept.
 merged
-    as hybrid, but the weight gradient itself is formed and projected on core and factors.
+    as hybrid, but the weight gradient itself is formed and projected on the parameters.
 separate
     y = op(x, W) + op(dropout(x), s·ΔW): what merged becomes when x is dropped.
 
 Where the C kernels cannot go (other devices, tensor subclasses, ``torch.func``, tracing, forward-mode AD) the same
-algebra runs in plain PyTorch operations from `flora.reference`. Source of the algebra: FLoRA, arXiv 2405.14739, and
-docs/methods.md.
+algebra runs in plain PyTorch operations. A form (`flora.forms`) knows the algebra of its method, this file none.
 """
 
 from __future__ import annotations
@@ -26,14 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flora import reference
-from flora.ops import Op, Tucker, dropout_factor, info, project, reconstruct, takes, zero_output
+from flora.forms import Form, Parts, Tucker
+from flora.forms.base import Gradients, Tensors
+from flora.ops import Op, dropout_factor, info, takes
 from flora.plan import DROPPING, NO_HYBRID, PLANS
 
 __all__ = [
+    "Parts",
     "Tucker",
     "adapted",
     "compute_dtype",
+    "delta_weight",
     "effective_weight",
     "embedding_update",
     "info",
@@ -73,7 +75,7 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
 
 
 def _autocast(x: Tensor, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What autocast would do to a stock call's arguments; the factors keep their dtype."""
+    """What autocast would do to a stock call's arguments; the parameters keep theirs."""
     dtype = _autocast_dtype(x.device.type)
     if dtype is None:
         return (x, *rest)
@@ -83,14 +85,14 @@ def _autocast(x: Tensor, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _exact(device: str) -> AbstractContextManager[Any]:
-    """A context in which the twins compute in the factors' dtype, which autocast would narrow."""
+    """A context in which the twins compute in the parameters' dtype, which autocast would narrow."""
     return nullcontext() if _autocast_dtype(device) is None else torch.autocast(device, enabled=False)
 
 
-def _twin(op: Op, x: Tensor, tucker: Tucker) -> Tensor:
-    """s·ΔW·x in plain PyTorch, in the factors' dtype."""
+def _twin(op: Op, x: Tensor, weight: Tensor | None, form: Form, tensors: Tensors) -> Tensor:
+    """s·ΔW·x in plain PyTorch, in the parameters' dtype."""
     with _exact(x.device.type):
-        return op.twin(x, tucker)
+        return form.twin(op, x, weight, tensors)
 
 
 def _add_to(y: Tensor, update: Tensor) -> Tensor:
@@ -139,40 +141,39 @@ def _exactly(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], 
 
 
 class _Fused(torch.autograd.Function):
-    """y = op(x, W, b) + s·ΔW·x through the factors.
+    """y = op(x, W, b) + s·ΔW·x through the parameters.
 
-    Keeps h, and x if the input's factor or W learns. A dropout mask is drawn again from its seed, never kept.
+    Keeps what the form asks for, and x if W learns. A dropout mask is drawn again from its seed, never kept.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         op: Op,
-        scale: float,
+        form: Form,
         dropout: float,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        core: Tensor,
-        *factors: Tensor,
+        *tensors: Tensor | None,
     ) -> Tensor:
         needs = ctx.needs_input_grad
-        ctx.op, ctx.scale, ctx.dropout = op, scale, dropout
+        ctx.op, ctx.form, ctx.dropout = op, form, dropout
         dropped = x
         if dropout > 0:
             ctx.seed = _seed()
             dropped = x * dropout_factor(x, dropout, ctx.seed)
-        y, h = op.update_(op.base(x, weight, bias), dropped, Tucker(core, factors, scale), want_h=any(needs[6:]))
-        of_input = needs[4] or needs[8]  # W; factors[1], the input's
+        y, h = form.update_(op, op.base(x, weight, bias), dropped, tensors, want_h=any(needs[6:]))
+        of_input = needs[4] or form.keeps_input(needs[6:])
         ctx.x_like = None if of_input and dropout == 0 else _layout(x)
-        ctx.save_for_backward(x if of_input else None, weight, bias if needs[5] else None, h, core, *factors)
+        ctx.save_for_backward(x if of_input else None, weight, bias if needs[5] else None, h, *tensors)
         return y
 
     @staticmethod
     @_exactly
     def backward(ctx: Any, dy: Tensor) -> Any:
-        source, weight, bias, h, core, *factors = ctx.saved_tensors
-        op, tucker, needs = ctx.op, Tucker(core, tuple(factors), ctx.scale), ctx.needs_input_grad[3:]
+        source, weight, bias, h, *tensors = ctx.saved_tensors
+        op, form, needs = ctx.op, ctx.form, ctx.needs_input_grad[3:]
         by_twin = _by_twin(dy)
         if source is None and by_twin:
             raise RuntimeError(
@@ -183,24 +184,24 @@ class _Fused(torch.autograd.Function):
         x = _blank(ctx.x_like) if source is None else source  # a blank's shape and layout are all that matters
         if by_twin:
 
-            def twin(x: Tensor, weight: Tensor, bias: Tensor | None, *parts: Tensor) -> Tensor:
-                delta = op.twin(x if kept is None else x * kept, Tucker(parts[0], parts[1:], ctx.scale))
+            def twin(x: Tensor, weight: Tensor, bias: Tensor | None, *tensors: Tensor | None) -> Tensor:
+                delta = form.twin(op, x if kept is None else x * kept, weight, tensors)
                 return _add_to(op.base(x, weight, bias), delta)
 
-            return None, None, None, *_twin_grads(twin, (x, weight, bias, core, *factors), needs, dy)
+            return None, None, None, *_twin_grads(twin, (x, weight, bias, *tensors), needs, dy)
         dx, dw, db = op.base_backward(dy, x, weight, needs[:3])
         dw = None if dw is None else dw.to(weight.dtype)
         if dx is None and not any(needs[3:]):
             return None, None, None, dx, dw, db, *[None] * len(needs[3:])
         if kept is None:
             dx = None if dx is None else op.writable(dx)
-            return None, None, None, dx, dw, db, *op.update_backward(dx, dy, source, h, tucker, needs[3:])
+            return None, None, None, dx, dw, db, *form.update_backward(op, dx, dy, source, h, tensors, needs[3:])
         d_dropped = None if dx is None else torch.zeros_like(x, memory_format=torch.contiguous_format)
         dropped = None if source is None else source * kept
-        d_parts = op.update_backward(d_dropped, dy, dropped, h, tucker, needs[3:])
+        d_tensors = form.update_backward(op, d_dropped, dy, dropped, h, tensors, needs[3:])
         if dx is not None and d_dropped is not None:
             dx = dx + d_dropped * kept
-        return None, None, None, dx, dw, db, *d_parts
+        return None, None, None, dx, dw, db, *d_tensors
 
 
 _Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
@@ -225,12 +226,12 @@ def _dropped(x: Tensor, dropout: float) -> Tensor:
     return x * dropout_factor(x, dropout, _seed()) if dropout > 0 else x
 
 
-def _with_effective(op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, tucker: Tucker) -> Tensor:
+def _with_effective(op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, form: Form, tensors: Tensors) -> Tensor:
     """op(x, W + s·ΔW, b); below float32 computed in float32, so that nothing is rounded but the result."""
     if weight.dtype not in _BELOW_FLOAT32:
-        return op.base(x, reconstruct(weight, tucker), bias)
+        return op.base(x, form.effective(weight, tensors), bias)
     with _exact("cpu"):
-        effective = reconstruct(weight.float(), tucker)
+        effective = form.effective(weight.float(), tensors)
         return op.base(x.float(), effective, None if bias is None else bias.float()).to(x.dtype)
 
 
@@ -241,47 +242,45 @@ class _Effective(torch.autograd.Function):
     def forward(
         ctx: Any,
         op: Op,
-        scale: float,
+        form: Form,
         hybrid: bool,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        core: Tensor,
-        *factors: Tensor,
+        *tensors: Tensor | None,
     ) -> Tensor:
-        ctx.op, ctx.scale, ctx.hybrid = op, scale, hybrid
-        ctx.save_for_backward(x, weight, bias, core, *factors)
-        return _with_effective(op, x, weight, bias, Tucker(core, factors, scale))
+        ctx.op, ctx.form, ctx.hybrid = op, form, hybrid
+        ctx.save_for_backward(x, weight, bias, *tensors)
+        return _with_effective(op, x, weight, bias, form, tensors)
 
     @staticmethod
     @_exactly
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, bias, core, *factors = ctx.saved_tensors
-        tucker = Tucker(core, tuple(factors), ctx.scale)
-        needs = ctx.needs_input_grad[3:]
+        x, weight, bias, *tensors = ctx.saved_tensors
+        op, form, needs = ctx.op, ctx.form, ctx.needs_input_grad[3:]
         if _by_twin(dy):
 
-            def twin(x: Tensor, weight: Tensor, bias: Tensor | None, *parts: Tensor) -> Tensor:
-                delta = reference.reconstruct(parts[0], parts[1:], ctx.scale)
-                y: Tensor = ctx.op.base(x, _add_to(weight, delta), bias)
+            def twin(x: Tensor, weight: Tensor, bias: Tensor | None, *tensors: Tensor | None) -> Tensor:
+                y: Tensor = op.base(x, _add_to(weight, form.delta(weight, tensors)), bias)
                 return y
 
-            return None, None, None, *_twin_grads(twin, (x, weight, bias, core, *factors), needs, dy)
-        effective = reconstruct(weight, tucker) if needs[0] else weight
+            return None, None, None, *_twin_grads(twin, (x, weight, bias, *tensors), needs, dy)
+        effective = form.effective(weight, tensors) if needs[0] else weight
         of_delta = any(needs[3:])
-        form = needs[1] or (of_delta and not ctx.hybrid)
-        dx, dw, db = ctx.op.base_backward(dy, x, effective, (needs[0], form, needs[2]))
+        formed = needs[1] or (of_delta and not ctx.hybrid)
+        dx, dw, db = op.base_backward(dy, x, effective, (needs[0], formed, needs[2]))
         if not of_delta:
-            parts: tuple[Tensor | None, ...] = (None,) * len(needs[3:])
+            d_tensors: Gradients = (None,) * len(needs[3:])
         elif ctx.hybrid:
-            parts = ctx.op.update_backward(None, dy, x, None, tucker, needs[3:])
+            d_tensors = form.update_backward(op, None, dy, x, None, tensors, needs[3:])
         else:
-            parts = project(dw, tucker, needs[3:])
-        return None, None, None, dx, dw.to(weight.dtype) if needs[1] and dw is not None else None, db, *parts
+            d_tensors = form.project(dw, weight, tensors, needs[3:])
+        d_weight = form.base_gradient(dw, tensors).to(weight.dtype) if needs[1] and dw is not None else None
+        return None, None, None, dx, d_weight, db, *d_tensors
 
 
 class _Separate(torch.autograd.Function):
-    """y = op(x, W, b) + op(dropout(x), s·ΔW), the second in the factors' dtype.
+    """y = op(x, W, b) + op(dropout(x), s·ΔW), the second in the parameters' dtype.
 
     Keeps x alone: the mask is drawn again from its seed, s·ΔW built again.
     """
@@ -290,102 +289,113 @@ class _Separate(torch.autograd.Function):
     def forward(
         ctx: Any,
         op: Op,
-        scale: float,
+        form: Form,
         dropout: float,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        core: Tensor,
-        *factors: Tensor,
+        *tensors: Tensor | None,
     ) -> Tensor:
-        ctx.op, ctx.scale, ctx.dropout, ctx.seed, ctx.x_like = op, scale, dropout, _seed(), _layout(x)
-        ctx.save_for_backward(x, weight, bias if ctx.needs_input_grad[5] else None, core, *factors)
-        return _separate(op, x, weight, bias, Tucker(core, factors, scale), dropout, ctx.seed)
+        ctx.op, ctx.form, ctx.dropout, ctx.seed, ctx.x_like = op, form, dropout, _seed(), _layout(x)
+        ctx.save_for_backward(x, weight, bias if ctx.needs_input_grad[5] else None, *tensors)
+        return _separate(op, x, weight, bias, form, tensors, dropout, ctx.seed)
 
     @staticmethod
     @_exactly
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, bias, core, *factors = ctx.saved_tensors
-        op, tucker, needs = ctx.op, Tucker(core, tuple(factors), ctx.scale), ctx.needs_input_grad[3:]
+        x, weight, bias, *tensors = ctx.saved_tensors
+        op, form, needs = ctx.op, ctx.form, ctx.needs_input_grad[3:]
         kept = dropout_factor(_blank(ctx.x_like), ctx.dropout, ctx.seed)
         if _by_twin(dy):
 
-            def twin(x: Tensor, weight: Tensor, bias: Tensor | None, *parts: Tensor) -> Tensor:
-                delta = reference.reconstruct(parts[0], parts[1:], ctx.scale)
+            def twin(x: Tensor, weight: Tensor, bias: Tensor | None, *tensors: Tensor | None) -> Tensor:
+                delta = form.delta(weight, tensors)
                 return _add_to(op.base(x, weight, bias), op.base((x * kept).to(delta.dtype), delta, None))
 
-            return None, None, None, *_twin_grads(twin, (x, weight, bias, core, *factors), needs, dy)
+            return None, None, None, *_twin_grads(twin, (x, weight, bias, *tensors), needs, dy)
         dx, dw, db = op.base_backward(dy, x, weight, needs[:3])
-        of_delta = any(needs[3:])
-        delta = reconstruct(None, tucker)
+        of_delta = any(needs[3:]) or (needs[1] and form.of_weight)
+        delta = form.alone(weight, tensors)
         wanted = (needs[0], of_delta, False)
         d_dropped, d_delta, _ = op.base_backward(dy.to(delta.dtype), (x * kept).to(delta.dtype), delta, wanted)
         if dx is not None:
             dx = _add_to(dx, d_dropped * kept)
-        parts = project(d_delta, tucker, needs[3:]) if of_delta else (None,) * len(needs[3:])
-        return None, None, None, dx, None if dw is None else dw.to(weight.dtype), db, *parts
+        if dw is not None and form.of_weight:
+            dw = dw + (form.base_gradient(d_delta, tensors) - d_delta)
+        d_tensors = form.project(d_delta, weight, tensors, needs[3:]) if of_delta else (None,) * len(needs[3:])
+        return None, None, None, dx, None if dw is None else dw.to(weight.dtype), db, *d_tensors
 
 
 def _separate(
-    op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, tucker: Tucker, dropout: float, seed: int
+    op: Op,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    form: Form,
+    tensors: Tensors,
+    dropout: float,
+    seed: int,
 ) -> Tensor:
     dropped = x * dropout_factor(x, dropout, seed)
-    delta = reconstruct(None, tucker)
+    delta = form.alone(weight, tensors)
     with _exact("cpu"):
         added = op.base(dropped.to(delta.dtype), delta, None)
     return _add_to(op.base(x, weight, bias), added)
 
 
-class _Reconstruct(torch.autograd.Function):
-    """W' = W + s·ΔW, or s·ΔW alone where W is None."""
+class _Combined(torch.autograd.Function):
+    """W' = W + s·ΔW, or s·ΔW ``alone``; W may be None then, unless the form needs it."""
 
     @staticmethod
-    def forward(ctx: Any, scale: float, weight: Tensor | None, core: Tensor, *factors: Tensor) -> Tensor:
-        ctx.scale = scale
-        ctx.save_for_backward(core, *factors)
-        return reconstruct(weight, Tucker(core, factors, scale))
+    def forward(ctx: Any, form: Form, alone: bool, weight: Tensor | None, *tensors: Tensor | None) -> Tensor:
+        ctx.form, ctx.alone = form, alone
+        ctx.save_for_backward(weight if form.of_weight else None, *tensors)
+        if alone:
+            return form.alone(weight, tensors)
+        assert weight is not None
+        return form.effective(weight, tensors)
 
     @staticmethod
     @_exactly
     def backward(ctx: Any, dw: Tensor) -> Any:
-        core, *factors = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:]
+        weight, *tensors = ctx.saved_tensors
+        form, needs = ctx.form, ctx.needs_input_grad[2:]
+        d_weight = dw if needs[0] and not ctx.alone else None
         if _by_twin(dw):
-
-            def twin(*parts: Tensor) -> Tensor:
-                return reference.reconstruct(parts[0], parts[1:], ctx.scale)
-
-            return None, dw if needs[0] else None, *_twin_grads(twin, (core, *factors), needs[1:], dw)
-        parts = project(dw, Tucker(core, tuple(factors), ctx.scale), needs[1:])
-        return None, dw if needs[0] else None, *parts
+            grads = _twin_grads(lambda w, *t: form.delta(w, t), (weight, *tensors), needs, dw)
+            through = grads[0]
+        else:
+            through = form.base_gradient(dw, tensors) - dw if needs[0] and form.of_weight else None
+            grads = [through, *form.project(dw, weight, tensors, needs[1:])]
+        if through is not None:
+            d_weight = through if d_weight is None else d_weight + through
+        return None, None, d_weight, *grads[1:]
 
 
 class _Update(torch.autograd.Function):
-    """s·ΔW·x alone, through the factors, in x's dtype."""
+    """s·ΔW·x alone, through the parameters, in x's dtype."""
 
     @staticmethod
-    def forward(ctx: Any, op: Op, scale: float, x: Tensor, core: Tensor, *factors: Tensor) -> Tensor:
-        tucker = Tucker(core, factors, scale)
-        y, h = op.update_(zero_output(op, x, factors), x, tucker, want_h=True)
-        ctx.op, ctx.scale = op, scale
-        ctx.save_for_backward(x, h, core, *factors)
+    def forward(ctx: Any, op: Op, form: Form, shape: tuple[int, ...], x: Tensor, *tensors: Tensor | None) -> Tensor:
+        ctx.op, ctx.form = op, form
+        y, h = form.update_(op, op.empty_output(x, shape[0], shape[2:]), x, tensors, want_h=True)
+        ctx.save_for_backward(x, h, *tensors)
         return y
 
     @staticmethod
     @_exactly
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, h, core, *factors = ctx.saved_tensors
-        tucker = Tucker(core, tuple(factors), ctx.scale)
-        needs = ctx.needs_input_grad[2:]
+        x, h, *tensors = ctx.saved_tensors
+        op, form, needs = ctx.op, ctx.form, ctx.needs_input_grad[3:]
         if _by_twin(dy):
 
-            def twin(x: Tensor, *parts: Tensor) -> Tensor:
-                update: Tensor = ctx.op.twin(x, Tucker(parts[0], parts[1:], ctx.scale))
+            def twin(x: Tensor, *tensors: Tensor | None) -> Tensor:
+                update: Tensor = form.twin(op, x, None, tensors)
                 return update.to(x.dtype)
 
-            return None, None, *_twin_grads(twin, (x, core, *factors), needs, dy)
+            return None, None, None, *_twin_grads(twin, (x, *tensors), needs, dy)
         dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs[0] else None
-        return None, None, dx, *ctx.op.update_backward(dx, dy, x, h, tucker, needs[1:])
+        return None, None, None, dx, *form.update_backward(op, dx, dy, x, h, tensors, needs[1:])
 
 
 def _direct(node: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -405,22 +415,31 @@ _NODES = {
 # What layers call --------------------------------------------------------------------------------------------------
 
 
-def resolve_plan(op: Op, x: Tensor, weight: Tensor, tucker: Tucker, plan: str, dropout: float, grad: bool) -> str:
+def resolve_plan(
+    op: Op, x: Tensor, weight: Tensor, parts: Parts | Tucker, plan: str, dropout: float, grad: bool
+) -> str:
     """The plan that runs: ``plan`` itself, or for "auto" the cheapest by `flora.plan` of those that are possible.
 
     hybrid and merged need the same x for W and ΔW: with dropout hybrid becomes fused and merged becomes separate. Below
-    float32, where W + s·ΔW is multiplied in float32, hybrid becomes fused, too. Where neither the input's factor nor W
-    learns, fused keeps h alone and the others x: there "auto" takes merged only if it is the cheapest of all, and fused
-    for hybrid, preferring memory to a little time.
+    float32, where W + s·ΔW is multiplied in float32, hybrid becomes fused, too. Where no learning parameter, nor W,
+    needs x, fused keeps its h alone and the others x: there "auto" takes merged only if it is the cheapest of all, and
+    fused for hybrid, preferring memory to a little time. A plan that the form cannot run becomes one that it can.
     """
+    form, tensors = parts.form, parts.tensors
+    there = form.runs(op, tensors)
     if plan == "auto":
-        possible = DROPPING if dropout > 0 else NO_HYBRID if weight.dtype in _BELOW_FLOAT32 else PLANS
-        plan = op.plan(x, weight, tucker.core, grad, possible)
-        if plan == "hybrid" and grad and not (weight.requires_grad or tucker.factors[1].requires_grad):
-            return "fused"
+        possible: tuple[str, ...] = DROPPING if dropout > 0 else NO_HYBRID if weight.dtype in _BELOW_FLOAT32 else PLANS
+        if len(there) < len(PLANS):
+            possible = tuple(p for p in possible if p in there or (p == "separate" and "merged" in there))
+        plan = form.cheapest(op, x, weight, tensors, grad, possible)
+        if plan == "hybrid" and grad and "fused" in there and not weight.requires_grad:
+            learns = [t is not None and t.requires_grad for t in tensors]
+            return plan if form.keeps_input(learns) else "fused"
         return plan
     if plan == "hybrid" and (dropout > 0 or weight.dtype in _BELOW_FLOAT32):
-        return "fused"
+        plan = "fused"
+    if plan not in there:
+        plan = there[0]
     return "separate" if plan == "merged" and dropout > 0 else plan
 
 
@@ -429,7 +448,7 @@ def adapted(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    tucker: Tucker,
+    parts: Parts | Tucker,
     *,
     plan: str = "auto",
     dropout: float = 0.0,
@@ -440,8 +459,8 @@ def adapted(
     ----------
     x, weight, bias
         as the stock operation takes them: x (..., d_in) or (batch, d_in, *in), weight (d_out, d_in/groups, *k).
-    tucker
-        core and factors in float32, or float64 for a float64 layer.
+    parts
+        a form and its tensors, in float32, or float64 for a float64 layer.
     plan
         "auto", "fused", "hybrid" or "merged".
     dropout
@@ -451,65 +470,84 @@ def adapted(
     """
     if not x.is_cpu or torch.is_autocast_enabled("cpu"):
         x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
-    core, factors, scale = tucker
-    if _watched() or not takes(x, weight, bias, (core, *factors)):
+    form, tensors = parts.form, parts.tensors
+    if _watched() or not takes(x, weight, bias, tensors):
         if x.layout is torch.strided and not x.is_nested:
-            return _add_to(op.base(x, weight, bias), _twin(op, F.dropout(x, dropout) if dropout > 0 else x, tucker))
+            dropped = F.dropout(x, dropout) if dropout > 0 else x
+            return _add_to(op.base(x, weight, bias), _twin(op, dropped, weight, form, tensors))
         if dropout == 0:  # sparse or nested: whatever the stock operation takes
-            return op.base(x, effective_weight(weight, tucker), bias)
-        delta = effective_weight(None, tucker).to(weight.dtype)
+            return op.base(x, effective_weight(weight, parts), bias)
+        delta = delta_weight(weight, parts).to(weight.dtype)
         return op.base(x, weight, bias) + op.base(F.dropout(x, dropout), delta, None)
     grad = torch.is_grad_enabled() and (
-        core.requires_grad
-        or x.requires_grad
+        x.requires_grad
         or weight.requires_grad
-        or any(f.requires_grad for f in factors)
+        or any(t is not None and t.requires_grad for t in tensors)
         or (bias is not None and bias.requires_grad)
     )
-    plan = resolve_plan(op, x, weight, tucker, plan, dropout, grad)
+    plan = resolve_plan(op, x, weight, parts, plan, dropout, grad)
     if grad:
         apply, option = _NODES[plan], dropout if plan in ("fused", "separate") else plan == "hybrid"
-        out: Tensor = apply(op, scale, option, x, weight, bias, core, *factors)
+        out: Tensor = apply(op, form, option, x, weight, bias, *tensors)
         return out
     if plan == "separate":
-        return _separate(op, x, weight, bias, tucker, dropout, _seed())
+        return _separate(op, x, weight, bias, form, tensors, dropout, _seed())
     if plan == "fused":
-        return op.update_(op.base(x, weight, bias), _dropped(x, dropout), tucker, want_h=False)[0]
-    return _with_effective(op, x, weight, bias, tucker)
+        return form.update_(op, op.base(x, weight, bias), _dropped(x, dropout), tensors, want_h=False)[0]
+    return _with_effective(op, x, weight, bias, form, tensors)
 
 
-def update(op: Op, x: Tensor, tucker: Tucker, *, dropout: float = 0.0) -> Tensor:
-    """s·ΔW·dropout(x) alone, of the stock operation's output shape and x's dtype: for bases that hide their weight."""
-    (x,) = _autocast(x)  # type: ignore[assignment]
-    if _watched() or not takes(x, None, None, (tucker.core, *tucker.factors)):
-        return _twin(op, F.dropout(x, dropout) if dropout > 0 else x, tucker).to(x.dtype)
-    x = _dropped(x, dropout)
-    if torch.is_grad_enabled():
-        out: Tensor = _Update.apply(op, tucker.scale, x, tucker.core, *tucker.factors)  # type: ignore[no-untyped-call]
-        return out
-    return op.update_(zero_output(op, x, tucker.factors), x, tucker, want_h=False)[0]
+def update(
+    op: Op,
+    x: Tensor,
+    weight: Tensor | None,
+    shape: tuple[int, ...],
+    parts: Parts | Tucker,
+    *,
+    dropout: float = 0.0,
+) -> Tensor:
+    """s·ΔW·dropout(x) alone, of the stock operation's output shape and x's dtype: for bases that hide their weight.
 
-
-def effective_weight(weight: Tensor | None, tucker: Tucker) -> Tensor:
-    """W + s·ΔW (d_out, d_in/groups, *k), differentiable, in W's dtype; for None s·ΔW alone in the factors' dtype."""
-    if not _watched() and takes(tucker.core if weight is None else weight, None, None, (tucker.core, *tucker.factors)):
-        out: Tensor = _Reconstruct.apply(  # type: ignore[no-untyped-call]
-            tucker.scale, weight, tucker.core, *tucker.factors
-        )
-        return out
-    with _exact(tucker.core.device.type):
-        delta = reference.reconstruct(tucker.core, tucker.factors, tucker.scale)
-    return delta if weight is None else _add_to(weight, delta)
-
-
-def embedding_update(ids: Tensor, tucker: Tucker, padding_idx: int | None) -> Tensor:
-    """s·U₀[ids]·G·U₁ᵀ: ids (...) to (..., dim), in the factors' dtype; the row of ``padding_idx`` is left out.
-
-    U₀ is (num, r₀) and U₁ (dim, r₁), the modes of the table in its own order.
+    ``weight`` may be None unless the form needs it; ``shape`` is the weight's.
     """
-    u_num, u_dim = tucker.factors
-    rows = F.embedding(ids, u_num)
-    if padding_idx is not None:
-        rows = rows.masked_fill((ids == padding_idx).unsqueeze(-1), 0)
+    (x,) = _autocast(x)  # type: ignore[assignment]
+    form, tensors = parts.form, parts.tensors
+    if _watched() or not takes(x, None, None, tensors):
+        return _twin(op, F.dropout(x, dropout) if dropout > 0 else x, weight, form, tensors).to(x.dtype)
+    x = _dropped(x, dropout)
+    if "fused" not in form.runs(op, tensors):
+        delta = delta_weight(weight, parts)
+        with _exact("cpu"):
+            return op.base(x.to(delta.dtype), delta, None).to(x.dtype)
+    if torch.is_grad_enabled():
+        out: Tensor = _Update.apply(op, form, shape, x, *tensors)  # type: ignore[no-untyped-call]
+        return out
+    return form.update_(op, op.empty_output(x, shape[0], shape[2:]), x, tensors, want_h=False)[0]
+
+
+def effective_weight(weight: Tensor, parts: Parts | Tucker) -> Tensor:
+    """W + s·ΔW (d_out, d_in/groups, *k), differentiable, in W's dtype."""
+    form, tensors = parts.form, parts.tensors
+    if not _watched() and takes(weight, None, None, tensors):
+        out: Tensor = _Combined.apply(form, False, weight, *tensors)  # type: ignore[no-untyped-call]
+        return out
+    with _exact(weight.device.type):
+        return _add_to(weight, form.delta(weight, tensors))
+
+
+def delta_weight(weight: Tensor | None, parts: Parts | Tucker) -> Tensor:
+    """s·ΔW alone, differentiable, in the parameters' dtype; ``weight`` may be None unless the form needs it."""
+    form, tensors = parts.form, parts.tensors
+    some = next(t for t in tensors if t is not None)
+    if not _watched() and takes(some, None, None, tensors):
+        out: Tensor = _Combined.apply(form, True, weight, *tensors)  # type: ignore[no-untyped-call]
+        return out
+    with _exact(some.device.type):
+        return form.delta(weight, tensors)
+
+
+def embedding_update(ids: Tensor, weight: Tensor, parts: Parts | Tucker, padding_idx: int | None) -> Tensor:
+    """The rows s·ΔW[ids]: ids (...) to (..., dim), in the parameters' dtype; that of ``padding_idx`` is left out."""
     with _exact(ids.device.type):
-        return tucker.scale * (rows @ tucker.core @ u_dim.mT)
+        rows = parts.form.lookup(ids, weight, parts.tensors)
+    return rows if padding_idx is None else rows.masked_fill((ids == padding_idx).unsqueeze(-1), 0)

@@ -19,12 +19,14 @@ from torch.nn.utils import parametrize
 
 from flora import deltas as _deltas
 from flora.config import DeltaConfig
-from flora.deltas import Delta
+from flora.deltas import Delta, Site
 from flora.effective import effective_weight
 from flora.functional import compute_dtype
 from flora.intercept import Intercept
-from flora.kinds import ATTENTION, EMBEDDING, describe, is_adaptable, kind_of, refusal
+from flora.kinds import ATTENTION, EMBEDDING, TRANSPOSED, describe, is_adaptable, kind_of, refusal
 from flora.ops import ConvOp, Op
+
+_Parameters = dict[str, nn.Parameter | None]
 
 __all__ = ["AdaptedLayer", "alone", "check_adapter_name", "is_adaptable", "refusal", "wrap"]
 
@@ -75,8 +77,8 @@ class AdaptedLayer(nn.Module):
         self._kind = kind
         self._active: tuple[str, ...] = ()
         self._enabled = True
-        self._original: list[nn.Parameter] = []  # [the frozen parameter] while merged; a list, to stay unregistered
-        self._combined: list[nn.Parameter] = []  # [the merged parameter] while merged
+        self._original: _Parameters = {}  # the frozen weight and bias while merged; a plain dict, to stay unregistered
+        self._combined: _Parameters = {}  # the merged ones
         self.reached = False
         self.shape = kind.shape(base_layer)
         self.base_layer = base_layer
@@ -102,14 +104,15 @@ class AdaptedLayer(nn.Module):
         if reason is not None:
             raise ValueError(f"{self._label}: {reason}")
         weight = None if self._kind.opaque else self._base_weight()
-        delta = _deltas.build(
-            config,
+        site = Site(
             self.shape,
-            dtype=torch.float32 if weight is None else compute_dtype(weight.dtype),
-            device=self._device() if weight is None else weight.device,
-            weight=None if weight is None else self._kind.turned(weight),
-            name=self._label,
+            torch.float32 if weight is None else compute_dtype(weight.dtype),
+            self._device() if weight is None else weight.device,
+            None if weight is None else self._kind.turned(weight),
+            self._label,
+            self._kind is TRANSPOSED,
         )
+        delta = _deltas.build(config, site)
         delta.set_trainable(trainable)
         delta.train(self.training)
         self.deltas[adapter] = delta
@@ -181,9 +184,10 @@ class AdaptedLayer(nn.Module):
                 x = x.unsqueeze(0)
             if x.ndim == 0 or (conv and x.ndim != weight.ndim):
                 return op.base(x, weight, bias)  # which raises PyTorch's own error
+            bias = _shifted(bias, deltas, weight.dtype)
             y = deltas[0].adapted(op, x, weight, bias, deltas[0].dropout if drop else 0.0)
             for delta in deltas[1:]:
-                y = y + delta.update(op, x, delta.dropout if drop else 0.0).to(y.dtype)
+                y = y + delta.update(op, x, weight, delta.dropout if drop else 0.0).to(y.dtype)
             return y.squeeze(0) if unbatched else y
         except Exception as error:
             plain = isinstance(x, Tensor) and not x.is_nested
@@ -197,14 +201,14 @@ class AdaptedLayer(nn.Module):
         if padding_idx is not None and padding_idx < 0:
             padding_idx += weight.shape[0]
         for delta in deltas:
-            rows = delta.embedding_update(ids, padding_idx)
+            rows = delta.embedding_update(ids, weight, padding_idx)
             y = (y.to(rows.dtype) + rows).to(y.dtype)
         return y
 
     def _opaque_forward(self, deltas: Sequence[Delta], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         y = self.base_layer(x, *args, **kwargs)
         for delta in deltas:
-            y = y + delta.update(self._kind.op(self.base_layer), x, delta.dropout).to(y.dtype)
+            y = y + delta.update(self._kind.op(self.base_layer), x, None, delta.dropout).to(y.dtype)
         return y
 
     def _foreign_forward(self, deltas: Sequence[Delta], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -283,8 +287,8 @@ class AdaptedLayer(nn.Module):
             total = deltas[0].effective_weight(turned)
         else:
             total = turned.to(compute_dtype(weight.dtype))
-            for delta in deltas:
-                total = delta.effective_weight(total)
+            for delta in deltas:  # each of the frozen weight, on which some depend
+                total = total + delta.alone(turned)
             total = total.to(weight.dtype)
         padding_idx = self.base_layer.padding_idx if self._kind is EMBEDDING else None
         if padding_idx is not None:  # the padding row is no part of the delta
@@ -316,10 +320,12 @@ class AdaptedLayer(nn.Module):
             base = modules.get("base_layer")
             if base is None:
                 raise
-        if name == self._kind.weight_name and not self._kind.opaque:
+        if (name == self._kind.weight_name and not self._kind.opaque) or name == "bias":
             deltas = self._in_use()
-            if deltas:
+            if deltas and name != "bias":
                 return self._read_weight(deltas)
+            if deltas and "bias" in base._parameters:
+                return _shifted(getattr(base, name), deltas, self._base_weight().dtype)
         try:
             return getattr(base, name)
         except AttributeError:
@@ -365,7 +371,7 @@ class AdaptedLayer(nn.Module):
         return None
 
     def merge(self) -> None:
-        """Puts W + Σ s·ΔW of the active adapters into the base, as a new parameter.
+        """Puts W + Σ s·ΔW of the active adapters into the base, as a new parameter, and likewise the bias.
 
         Computed in float32 (float64 for a float64 base) and rounded once to the base's dtype. A parameter that is
         shared with another module stays as it was there. Raises RuntimeError, naming the module, where that is
@@ -378,26 +384,28 @@ class AdaptedLayer(nn.Module):
             reason = "no adapter is active"
         if reason is not None:
             raise RuntimeError(f"{self._label} cannot be merged: {reason}")
-        name = self._kind.weight_name
-        original = self.base_layer._parameters[name]
-        assert original is not None
+        deltas: list[Delta] = [self.deltas[n] for n in self._active]  # type: ignore[misc]
+        own = self.base_layer._parameters
+        weight, bias = own[self._kind.weight_name], own.get("bias")
+        assert weight is not None
         with torch.no_grad():
-            value = self._effective(original, [self.deltas[n] for n in self._active])  # type: ignore[misc]
-        combined = nn.Parameter(value, requires_grad=False)
-        self._original, self._combined = [original], [combined]
+            combined: _Parameters = {self._kind.weight_name: _frozen(self._effective(weight, deltas))}
+            shifted = _shifted(bias, deltas, weight.dtype)
+            if shifted is not bias and shifted is not None:
+                combined["bias"] = _frozen(shifted)
+        self._original, self._combined = {name: own.get(name) for name in combined}, combined
         self._install()
 
     def unmerge(self) -> None:
-        """Puts the original parameter back: the very same one. RuntimeError, naming the module, if not merged."""
+        """Puts the original parameters back: the very same ones. RuntimeError, naming the module, if not merged."""
         if not self.merged:
             raise RuntimeError(f"{self._label} is not merged")
-        self.base_layer._parameters[self._kind.weight_name] = self._original[0]
-        self._original, self._combined = [], []
+        self.base_layer._parameters.update(self._original)
+        self._original, self._combined = {}, {}
 
     def _install(self) -> None:
-        """The parameter that the base should hold now, while merged."""
-        parameter = (self._combined if self._enabled else self._original)[0]
-        self.base_layer._parameters[self._kind.weight_name] = parameter
+        """The parameters that the base should hold now, while merged."""
+        self.base_layer._parameters.update(self._combined if self._enabled else self._original)
 
     @property
     def enabled(self) -> bool:
@@ -416,7 +424,7 @@ class AdaptedLayer(nn.Module):
         if merge and self.merged:
             self._enabled = True
             self._install()
-            self._original, self._combined = [], []
+            self._original, self._combined = {}, {}
         elif self.merged:
             self.unmerge()
         return self.base_layer
@@ -426,9 +434,12 @@ class AdaptedLayer(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As `torch.nn.Module.state_dict`; the base's weight is the frozen one, merged or not."""
         state = super().state_dict(*args, **kwargs)
-        if self._original:
-            key = f"{kwargs.get('prefix', '')}base_layer.{self._kind.weight_name}"
-            state[key] = self._original[0] if kwargs.get("keep_vars") else self._original[0].detach()
+        for name, parameter in self._original.items():
+            key = f"{kwargs.get('prefix', '')}base_layer.{name}"
+            if parameter is None:
+                state.pop(key, None)
+            else:
+                state[key] = parameter if kwargs.get("keep_vars") else parameter.detach()
         return state
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -442,14 +453,15 @@ class AdaptedLayer(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.merged:
             self._original, self._combined = (
-                [self._moved(p, fn) for p in ps] for ps in (self._original, self._combined)
+                {name: None if p is None else self._moved(name, p, fn) for name, p in held.items()}
+                for held in (self._original, self._combined)
             )
             self._install()
         return self
 
-    def _moved(self, parameter: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> nn.Parameter:
+    def _moved(self, name: str, parameter: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> nn.Parameter:
         """A parameter of a merged layer after `_apply`: the same object, if PyTorch lets it have the new storage."""
-        if parameter is self.base_layer._parameters.get(self._kind.weight_name):
+        if parameter is self.base_layer._parameters.get(name):
             return parameter  # moved with the base
         moved = fn(parameter.data)
         if not torch._has_compatible_shallow_copy_type(parameter, moved):
@@ -468,7 +480,8 @@ class AdaptedLayer(nn.Module):
         if not kind.stock(base) or _has_hooks(base):
             return "own forward"
         delta: Delta = self.deltas[adapter]  # type: ignore[assignment]
-        return delta.config.plan
+        plan: str = delta.config.plan
+        return plan
 
     def extra_repr(self) -> str:
         return f"active={list(self._active)}, merged={self.merged}"
@@ -491,6 +504,22 @@ def _dropped(args: tuple[Any, ...], kwargs: dict[str, Any], dropout: float) -> t
         if is_input(value):
             return args, kwargs | {key: F.dropout(value, dropout)}
     return args, kwargs
+
+
+def _shifted(bias: Tensor | None, deltas: Sequence[Delta], dtype: torch.dtype) -> Tensor | None:
+    """The bias with what the deltas add to it, summed above half precision and rounded once to the weight's dtype."""
+    total: Tensor | None = None
+    for delta in deltas:
+        shift = delta.shift()
+        if shift is not None:
+            total = shift if total is None else total + shift
+    if total is None:
+        return bias
+    return (total if bias is None else total + bias.to(total.dtype)).to(dtype)
+
+
+def _frozen(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
 
 
 def _merge_again(layer: nn.Module, incompatible_keys: Any) -> None:

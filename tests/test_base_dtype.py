@@ -188,7 +188,7 @@ def test_unloading_leaves_a_plain_network_in_half_precision(case):
     expected = {}
     for name, layer in adapted_layers(model).items():
         key, turned = layer._kind.weight_name, layer._kind.turned
-        delta = turned(layer.deltas["default"].effective_weight(None))
+        delta = layer.deltas["default"].delta_weight(layer.base_layer._parameters[key])
         expected[f"{name}.{key}"] = (layer.base_layer._parameters[key].float() + delta).to(BF16)
     plain = flora.unload(model)
     for name, weight in expected.items():

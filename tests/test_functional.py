@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flora
 from flora import functional
-from flora.ops import LINEAR, ConvOp, Tucker, dropout_factor
+from flora.forms import Tucker
+from flora.ops import LINEAR, ConvOp, dropout_factor
 
 PLANS = ("fused", "hybrid", "merged")
 
@@ -95,7 +96,7 @@ def test_gradcheck_of_the_update_alone(case):
     tucker = random_tucker(w_shape, ranks)
 
     def run(x, core, *factors):
-        return functional.update(op, x, Tucker(core, factors, 0.5))
+        return functional.update(op, x, None, w_shape, Tucker(core, factors, 0.5))
 
     assert gradcheck(run, (x, tucker.core, *tucker.factors))
     assert gradgradcheck(run, (x, tucker.core, *tucker.factors))
@@ -153,7 +154,7 @@ def test_every_plan_agrees_with_the_twin(isa, threads, problem, plan, dtype):
     def twin(t):
         doubled = [v.detach().double().requires_grad_() for v in t]
         small = Tucker(doubled[2], tuple(doubled[3:]), tucker.scale)
-        y = op.base(doubled[0], doubled[1], b.double()) + op.twin(doubled[0], small)
+        y = op.base(doubled[0], doubled[1], b.double()) + small.form.twin(op, doubled[0], None, small.tensors)
         return y, torch.autograd.grad(y, doubled, dy.double())
 
     y = functional.adapted(op, x, w, b, tucker, plan=plan)
@@ -190,12 +191,14 @@ def test_half_precision_is_as_accurate_as_pytorch_of_that_dtype(case, dtype, isa
 
     exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
     exact_tucker = Tucker(exact_inputs[1], tuple(exact_inputs[2:]), tucker.scale)
-    exact = op.base(exact_inputs[0], w.double(), b.double()) + op.twin(exact_inputs[0], exact_tucker)
+    exact = op.base(exact_inputs[0], w.double(), b.double()) + exact_tucker.form.twin(
+        op, exact_inputs[0], None, exact_tucker.tensors
+    )
     exact = (exact, *torch.autograd.grad(exact, exact_inputs, dy.double()))
 
     theirs_inputs = [t.detach().to(dtype).requires_grad_() for t in inputs]
     half = Tucker(theirs_inputs[1], tuple(theirs_inputs[2:]), tucker.scale)
-    theirs = op.base(theirs_inputs[0], w, b) + op.twin(theirs_inputs[0], half)
+    theirs = op.base(theirs_inputs[0], w, b) + half.form.twin(op, theirs_inputs[0], None, half.tensors)
     theirs = (theirs, *torch.autograd.grad(theirs, theirs_inputs, dy))
     for a, t, e in zip(ours, theirs, exact, strict=True):
         assert (a.double() - e).abs().max() <= 2 * (t.double() - e).abs().max()

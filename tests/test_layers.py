@@ -612,7 +612,7 @@ def test_deepcopy_and_pickle(merged):
         assert torch.equal(other(x), layer(x))
         if merged:
             other.unmerge()
-            assert torch.equal(other.base_layer.weight, layer._original[0])
+            assert torch.equal(other.base_layer.weight, layer._original["weight"])
         assert all(a is not b for a, b in zip(layer.parameters(), other.parameters(), strict=True))
 
 

@@ -59,7 +59,7 @@ def test_auto_takes_the_cheapest_of_the_possible_plans(dtype, dropout, width, ra
     base = nn.Linear(width, width, dtype=dtype)
     delta = flora.wrap(base, flora.TuckerConfig(rank=rank, dropout=dropout)).deltas["default"]
     op, x = flora.kinds.kind_of(base).op(base), torch.empty(1000, width, dtype=dtype)
-    call = op.plan_call(x, base.weight, delta.core, True)
+    call = delta.tucker.form.plan_call(op, x, base.weight, delta.tucker.tensors, True)
     costs = plan_costs(*call)
     assert choose_plan(*call) == cheapest
     assert delta.plan(op, x, base.weight) == expected
@@ -77,6 +77,6 @@ def test_hybrid_gives_way_to_the_plan_that_keeps_no_x():
     base = nn.Linear(128, 128)
     delta = flora.wrap(base, flora.TuckerConfig(rank=8, trainable=("core", "out"))).deltas["default"]
     op, x = flora.kinds.kind_of(base).op(base), torch.empty(1000, 128)
-    costs = plan_costs(*op.plan_call(x, base.weight, delta.core, True))
+    costs = plan_costs(*delta.tucker.form.plan_call(op, x, base.weight, delta.tucker.tensors, True))
     assert costs["hybrid"] < costs["merged"] < costs["fused"]
     assert delta.plan(op, x, base.weight) == "fused"

@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from flora import functional
 from flora.config import DeltaConfig
+from flora.forms import DenseForm, Parts, Tucker
 from flora.ops import Op
+
+
+@dataclass(frozen=True)
+class Site:
+    """The layer that a delta is built for."""
+
+    shape: tuple[int, ...]
+    """Of its weight, (out, in/groups, *k)."""
+    dtype: torch.dtype = torch.float32
+    """Of the delta's parameters."""
+    device: torch.device | str | None = None
+    weight: Tensor | None = None
+    """The frozen weight in the same order; None if the layer does not have it as plain numbers."""
+    name: str = ""
+    """The module's, for messages."""
+    transposed: bool = False
+    """Whether the layer itself keeps its weight as (in, out), as transformers' Conv1D does."""
+
+    @property
+    def label(self) -> str:
+        return self.name or "layer"
+
+    def parameter(self, *shape: int) -> nn.Parameter:
+        """A parameter of zeros on the layer's device, in the delta's dtype."""
+        return nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=self.device))
 
 
 class Delta(nn.Module):
     """A trainable update ΔW of one frozen weight of shape (d_out, d_in/groups, *k).
 
-    A subclass holds its parameters and says how they act: on activations (`adapted`, `update`), on the weight
-    (`effective_weight`), and as a tensor (`delta_weight`). Its parameters are float32 (float64 on a float64 base) and
-    stay so when the model is cast: half-precision masters would lose small steps.
+    A subclass names its configuration, ``class MyDelta(Delta, config=MyConfig)``, holds its parameters and says what
+    ΔW is: by `unscaled_weight`, in plain PyTorch, or by `parts`, with a form of `flora.forms` that has kernels. Nothing
+    else is needed: forward, merging, files and reports follow from it. Its parameters are float32 (float64 on a float64
+    base) and stay so when the model is cast: half-precision masters would lose small steps.
 
     Attributes
     ----------
@@ -26,60 +54,104 @@ class Delta(nn.Module):
         the configuration it was built from, patterns already applied.
     scale
         the factor s on ΔW. May be changed at any time while the layer is not merged.
+    strength
+        a second factor, which `flora.set_adapter` sets where adapters are weighted; 1 otherwise.
     shape
         the weight's shape in the order (out, in, *k).
     """
 
-    def __init__(self, config: DeltaConfig, shape: tuple[int, ...]) -> None:
+    config_type: ClassVar[type[DeltaConfig]]
+    _of_config: ClassVar[dict[type[DeltaConfig], type[Delta]]] = {}
+
+    config: Any
+
+    def __init_subclass__(cls, config: type[DeltaConfig] | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if config is not None:
+            cls.config_type = config
+            Delta._of_config[config] = cls
+
+    def __init__(self, config: DeltaConfig, site: Site) -> None:
         super().__init__()
         self.config = config
         self.scale = config.resolved_scale
-        self.shape = shape
+        self.strength = 1.0
+        self.shape = site.shape
+        self.transposed = site.transposed
 
-    @abstractmethod
-    def adapted(self, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
-        """op(x, W, b) with the delta of dropped x on top, in the plan of the configuration."""
+    # What a method says ---------------------------------------------------------------------------------------------
 
-    @abstractmethod
-    def update(self, op: Op, x: Tensor, dropout: float) -> Tensor:
-        """s·ΔW·x of dropped x alone, in x's dtype."""
+    def unscaled_weight(self, weight: Tensor | None) -> Tensor:
+        """ΔW (out, in, *k) without its scale, differentiable, in the parameters' dtype, in plain PyTorch operations.
 
-    @abstractmethod
-    def embedding_update(self, ids: Tensor, padding_idx: int | None) -> Tensor:
-        """The rows s·ΔW[ids], those of ``padding_idx`` zero."""
+        ``weight`` is W in the same order, if the layer has it as plain numbers.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define unscaled_weight or parts")
 
-    @abstractmethod
-    def effective_weight(self, weight: Tensor | None) -> Tensor:
-        """W + s·ΔW in W's dtype, or s·ΔW in the delta's own for None; shapes (out, in, *k); differentiable."""
+    def parts(self, weight: Tensor | None) -> Parts | Tucker:
+        """The form and tensors that `flora.functional` computes with; by default ΔW as one tensor."""
+        return Parts(DenseForm(self.factor), (self.unscaled_weight(weight),))
 
-    @abstractmethod
-    def plan(self, op: Op, x: Tensor, weight: Tensor) -> str:
-        """The plan that a call with this x would take."""
+    def shift(self) -> Tensor | None:
+        """What is added to the bias (out,), or None."""
+        return None
 
-    @abstractmethod
     def set_trainable(self, trainable: bool) -> None:
         """Let the parts that the configuration names learn, or none."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(trainable)
 
     def stuck(self) -> str | None:
         """Why no parameter of this delta can ever get a gradient other than zero, or None if one can."""
         return None
+
+    # What follows ---------------------------------------------------------------------------------------------------
+
+    @property
+    def factor(self) -> float:
+        """What ΔW is multiplied by: scale times strength."""
+        return self.scale * self.strength
+
+    def adapted(self, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+        """op(x, W, b) with the delta of dropped x on top, in the plan of the configuration."""
+        return functional.adapted(op, x, weight, bias, self.parts(weight), plan=self.config.plan, dropout=dropout)
+
+    def update(self, op: Op, x: Tensor, weight: Tensor | None, dropout: float) -> Tensor:
+        """s·ΔW·x of dropped x alone, in x's dtype."""
+        return functional.update(op, x, weight, self.shape, self.parts(weight), dropout=dropout)
+
+    def embedding_update(self, ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
+        """The rows s·ΔW[ids], those of ``padding_idx`` zero."""
+        return functional.embedding_update(ids, weight, self.parts(weight), padding_idx)
+
+    def effective_weight(self, weight: Tensor) -> Tensor:
+        """W + s·ΔW in W's dtype; shapes (out, in, *k); differentiable."""
+        return functional.effective_weight(weight, self.parts(weight))
+
+    def plan(self, op: Op, x: Tensor, weight: Tensor) -> str:
+        """The plan that a call with this x would take in training."""
+        grad = any(p.requires_grad for p in self.parameters())
+        parts = self.parts(weight)
+        return functional.resolve_plan(op, x, weight, parts, self.config.plan, self.dropout, grad)
 
     @property
     def dropout(self) -> float:
         """The probability that applies now: the configuration's in training, 0 in evaluation."""
         return self.config.dropout if self.training else 0.0
 
-    def delta_weight(self, weight: Tensor) -> Tensor:
-        """s·ΔW with the shape of ``weight``, which may be (out, in, *k) or, for transformers' Conv1D, (in, out).
+    def alone(self, weight: Tensor | None) -> Tensor:
+        """s·ΔW (out, in, *k) in the delta's dtype, differentiable."""
+        return functional.delta_weight(weight, self.parts(weight))
 
-        Returned in the delta's own dtype, differentiable. Raises ValueError if the shape is neither.
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """s·ΔW with the shape of the layer's own weight, which is given: (out, in, *k), (in, out) for a Conv1D.
+
+        Returned in the delta's own dtype, differentiable. Raises ValueError if the shape is another.
         """
-        delta = self.effective_weight(None)
-        if weight.shape == delta.shape:
-            return delta
-        if weight.ndim == 2 and weight.mT.shape == delta.shape:
-            return delta.mT
-        raise ValueError(f"delta_weight: the weight has shape {tuple(weight.shape)}, the delta {tuple(self.shape)}")
+        own = tuple(reversed(self.shape)) if self.transposed else tuple(self.shape)
+        if tuple(weight.shape) != own:
+            raise ValueError(f"delta_weight: the weight has shape {tuple(weight.shape)}, the delta {own}")
+        return self.alone(weight.mT).mT if self.transposed else self.alone(weight)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that an adapter file must hold, trained or not, by name."""

@@ -7,29 +7,22 @@ import math
 import torch
 from torch import Tensor, nn
 
-from flora import functional
 from flora.config import TuckerConfig
-from flora.deltas.base import Delta
-from flora.ops import Op, Tucker
+from flora.deltas.base import Delta, Site
+from flora.forms import Tucker
 
 MODES = ("out", "in", "kernel")
 
 
-class TuckerDelta(Delta):
+class TuckerDelta(Delta, config=TuckerConfig):
     """A Tucker decomposition with trainable core and factors.
 
     Parameters
     ----------
     config
         ranks, scale, initialisation, and which parts learn.
-    shape
-        the weight's shape (d_out, d_in/groups, *k).
-    ranks
-        one rank a mode, in the same order.
-    weight
-        the frozen weight, (d_out, d_in/groups, *k): needed by ``init="hosvd"`` only.
-    name
-        the module's name, for messages.
+    site
+        the layer; its weight (d_out, d_in/groups, *k) is needed by ``init="hosvd"`` only.
 
     ``core`` has shape ``ranks``, ``factors[m]`` is (shape[m], ranks[m]). The core starts at zero, so ΔW = 0.
 
@@ -40,22 +33,14 @@ class TuckerDelta(Delta):
 
     config: TuckerConfig
 
-    def __init__(
-        self,
-        config: TuckerConfig,
-        shape: tuple[int, ...],
-        ranks: tuple[int, ...],
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-        weight: Tensor | None = None,
-        name: str = "",
-    ) -> None:
-        super().__init__(config, shape)
-        self.core = nn.Parameter(torch.zeros(ranks, dtype=dtype, device=device))
-        sizes = zip(shape, ranks, strict=True)
-        self.factors = nn.ParameterList(torch.empty(dim, rank, dtype=dtype, device=device) for dim, rank in sizes)
+    def __init__(self, config: TuckerConfig, site: Site) -> None:
+        super().__init__(config, site)
+        ranks = config.ranks(site.shape, site.name)
+        self.core = site.parameter(*ranks)
+        sizes = zip(site.shape, ranks, strict=True)
+        self.factors = nn.ParameterList(site.parameter(dim, rank) for dim, rank in sizes)
         if config.init == "hosvd":
-            self._init_hosvd(weight, name)
+            self._init_hosvd(site)
         else:
             for factor in self.factors:
                 if config.init == "orthogonal":
@@ -65,9 +50,10 @@ class TuckerDelta(Delta):
         self.set_trainable(True)
 
     @torch.no_grad()
-    def _init_hosvd(self, weight: Tensor | None, name: str) -> None:
+    def _init_hosvd(self, site: Site) -> None:
+        weight = site.weight
         if weight is None or weight.is_meta or not weight.is_floating_point():
-            raise ValueError(f'{name or "layer"}: init="hosvd" needs the values of a floating-point weight')
+            raise ValueError(f'{site.label}: init="hosvd" needs the values of a floating-point weight')
         for mode, factor in enumerate(self.factors):
             unfolding = weight.detach().to(torch.float64).movedim(mode, 0).flatten(1)
             vectors = torch.linalg.eigh(unfolding @ unfolding.mT).eigenvectors  # ascending eigenvalues
@@ -83,24 +69,10 @@ class TuckerDelta(Delta):
         """The tensors as `flora.functional` takes them."""
         core = self._parameters.get("core")  # as every call needs it, without nn.Module's slow __getattr__
         factors = tuple(self._modules["factors"]._parameters.values())  # type: ignore[union-attr]
-        return Tucker(self.core if core is None else core, factors, self.scale)
+        return Tucker(self.core if core is None else core, factors, self.factor)
 
-    def adapted(self, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
-        return functional.adapted(op, x, weight, bias, self.tucker, plan=self.config.plan, dropout=dropout)
-
-    def update(self, op: Op, x: Tensor, dropout: float) -> Tensor:
-        return functional.update(op, x, self.tucker, dropout=dropout)
-
-    def embedding_update(self, ids: Tensor, padding_idx: int | None) -> Tensor:
-        return functional.embedding_update(ids, self.tucker, padding_idx)
-
-    def effective_weight(self, weight: Tensor | None) -> Tensor:
-        return functional.effective_weight(weight, self.tucker)
-
-    def plan(self, op: Op, x: Tensor, weight: Tensor) -> str:
-        return functional.resolve_plan(
-            op, x, weight, self.tucker, self.config.plan, self.dropout, self.core.requires_grad
-        )
+    def parts(self, weight: Tensor | None) -> Tucker:
+        return self.tucker
 
     def stuck(self) -> str | None:
         """A part's gradient is a product of all the others, so one part may be zero, and only if that part learns."""

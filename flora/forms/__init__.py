@@ -1,0 +1,6 @@
+"""Forms: how each parametrisation makes ΔW and acts on activations, one file a family; `base.py` has what all share."""
+
+from flora.forms.base import DenseForm, Form, Parts
+from flora.forms.tucker import Tucker, TuckerForm
+
+__all__ = ["DenseForm", "Form", "Parts", "Tucker", "TuckerForm"]

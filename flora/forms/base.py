@@ -1,0 +1,136 @@
+"""What `flora.functional` asks of a parametrisation, and the one that any method has: ΔW as a tensor.
+
+A form is a strategy without tensors: it is given them at each call, so that autograd alone holds them between forward
+and backward. Methods that say "plain PyTorch" build graphs and run anywhere; the others run in C (or as C would: no
+graph, CPU tensors) inside a node of `flora.functional`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flora.ops import Op
+
+Tensors: TypeAlias = Sequence[Any]
+"""Of each a Tensor, or None where the form allows it."""
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class Form:
+    """A parametrisation of s·ΔW by some tensors; ΔW has the weight's shape (d_out, d_in/groups, *k).
+
+    A subclass needs `delta`, which is enough for the merged plan. `runs` names the others that it can do, through
+    `update_` and `update_backward`.
+    """
+
+    __slots__ = ("scale",)
+
+    of_weight = False
+    """Whether ΔW depends on W."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    # Plain PyTorch --------------------------------------------------------------------------------------------------
+
+    def delta(self, weight: Tensor | None, tensors: Tensors) -> Tensor:
+        """s·ΔW in the tensors' dtype, differentiable. W is given where `of_weight`."""
+        raise NotImplementedError
+
+    def twin(self, op: Op, x: Tensor, weight: Tensor | None, tensors: Tensors) -> Tensor:
+        """s·ΔW·x in the tensors' dtype, differentiable."""
+        delta = self.delta(weight, tensors)
+        y: Tensor = op.base(x.to(delta.dtype), delta, None)
+        return y
+
+    def lookup(self, ids: Tensor, weight: Tensor | None, tensors: Tensors) -> Tensor:
+        """The rows s·ΔW[ids] of an Embedding, differentiable."""
+        return F.embedding(ids, self.delta(weight, tensors))
+
+    # On the weight --------------------------------------------------------------------------------------------------
+
+    def alone(self, weight: Tensor | None, tensors: Tensors) -> Tensor:
+        """s·ΔW in the tensors' dtype."""
+        return self.delta(weight, tensors)
+
+    def effective(self, weight: Tensor, tensors: Tensors) -> Tensor:
+        """W + s·ΔW, a new tensor of W's dtype and layout, rounded once."""
+        delta = self.delta(weight, tensors)
+        return torch.empty_like(weight, requires_grad=False).copy_(weight.to(delta.dtype) + delta)
+
+    def project(self, dw: Tensor, weight: Tensor | None, tensors: Tensors, needs: Sequence[bool]) -> Gradients:
+        """The gradient of s·ΔW taken to the tensors, each None unless ``needs`` it."""
+        with torch.enable_grad():
+            aliases = [
+                None if t is None else t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)
+            ]
+            delta = self.delta(weight, aliases)
+        wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need and alias is not None]
+        found = iter(torch.autograd.grad(delta, wanted, dw.to(delta.dtype)) if wanted else ())
+        return tuple(next(found) if need and t is not None else None for t, need in zip(tensors, needs, strict=True))
+
+    def base_gradient(self, dw: Tensor, tensors: Tensors) -> Tensor:
+        """The gradient of W from that of W + s·ΔW."""
+        return dw
+
+    # Through the parameters -----------------------------------------------------------------------------------------
+
+    def keeps_input(self, needs: Sequence[bool]) -> bool:
+        """Whether `update_backward` reads x for the gradients that are needed; else what `update_` returns will do."""
+        return any(needs)
+
+    def update_(self, op: Op, y: Tensor, x: Tensor, tensors: Tensors, want_h: bool) -> tuple[Tensor, Tensor | None]:
+        """y += s·ΔW·x; returns y (a copy if it was not writable) and what backward needs beside x, if anything."""
+        raise NotImplementedError
+
+    def update_backward(
+        self,
+        op: Op,
+        dx: Tensor | None,
+        dy: Tensor,
+        x: Tensor | None,
+        h: Tensor | None,
+        tensors: Tensors,
+        needs: Sequence[bool],
+    ) -> Gradients:
+        """dx += … in place, and the gradients of the tensors, each None unless ``needs`` it."""
+        raise NotImplementedError
+
+    # Which plan -----------------------------------------------------------------------------------------------------
+
+    def runs(self, op: Op, tensors: Tensors) -> tuple[str, ...]:
+        """The plans that it can run on this operation, the one first that stands in for the others."""
+        return ("merged",)
+
+    def cheapest(
+        self, op: Op, x: Tensor, weight: Tensor, tensors: Tensors, grad: bool, possible: tuple[str, ...]
+    ) -> str:
+        """The cheapest of the possible plans for this call."""
+        return possible[0]
+
+
+class DenseForm(Form):
+    """ΔW itself, as one tensor: what a method without kernels of its own computes by plain PyTorch."""
+
+    __slots__ = ()
+
+    def delta(self, weight: Tensor | None, tensors: Tensors) -> Tensor:
+        delta: Tensor = tensors[0]
+        return self.scale * delta
+
+    def project(self, dw: Tensor, weight: Tensor | None, tensors: Tensors, needs: Sequence[bool]) -> Gradients:
+        (delta,) = tensors
+        return ((self.scale * dw.to(delta.dtype)) if needs[0] else None,)
+
+
+class Parts(NamedTuple):
+    """A delta as `flora.functional` takes it."""
+
+    form: Form
+    tensors: tuple[Any, ...]
