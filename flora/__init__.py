@@ -7,7 +7,15 @@
 `wrap`, `Linear` and `Conv1d` to `Conv3d` on single layers. docs/guide.md has the tour, docs/methods.md the formulas.
 """
 
-from flora.config import DeltaConfig, TuckerConfig
+from flora.config import (
+    CirculantConfig,
+    DeltaConfig,
+    KroneckerConfig,
+    LDRConfig,
+    RescaleConfig,
+    ToeplitzConfig,
+    TuckerConfig,
+)
 from flora.deltas import Delta, TuckerDelta
 from flora.drop_in import Conv1d, Conv2d, Conv3d, Embedding, Linear
 from flora.layers import AdaptedLayer, wrap
@@ -19,13 +27,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptedLayer",
+    "CirculantConfig",
     "Conv1d",
     "Conv2d",
     "Conv3d",
     "Delta",
     "DeltaConfig",
     "Embedding",
+    "KroneckerConfig",
+    "LDRConfig",
     "Linear",
+    "RescaleConfig",
+    "ToeplitzConfig",
     "TuckerConfig",
     "TuckerDelta",
     "adapt",

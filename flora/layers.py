@@ -510,7 +510,7 @@ def _shifted(bias: Tensor | None, deltas: Sequence[Delta], dtype: torch.dtype) -
     """The bias with what the deltas add to it, summed above half precision and rounded once to the weight's dtype."""
     total: Tensor | None = None
     for delta in deltas:
-        shift = delta.shift()
+        shift = delta.bias_update()
         if shift is not None:
             total = shift if total is None else total + shift
     if total is None:

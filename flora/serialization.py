@@ -505,7 +505,7 @@ def _exact(config: DeltaConfig, name: str, entry: LayerEntry) -> DeltaConfig:
     """The configuration of one layer with the ranks that its file has."""
     own = config.for_module(name)
     exact: dict[str, Any] = {"rank": entry.ranks, "alpha": None, "scale": own.resolved_scale}
-    return replace(own, **exact) if hasattr(own, "rank") else own
+    return replace(own, **exact) if entry.ranks else own
 
 
 def filler(

@@ -187,7 +187,7 @@ def test_unloading_leaves_a_plain_network_in_half_precision(case):
     before = case.run(model)
     expected = {}
     for name, layer in adapted_layers(model).items():
-        key, turned = layer._kind.weight_name, layer._kind.turned
+        key = layer._kind.weight_name
         delta = layer.deltas["default"].delta_weight(layer.base_layer._parameters[key])
         expected[f"{name}.{key}"] = (layer.base_layer._parameters[key].float() + delta).to(BF16)
     plain = flora.unload(model)

@@ -1,8 +1,9 @@
-"""The authors' own inputs, outputs and gradients (tests/golden/flora_*.npz) through the public layers.
+"""The authors' own inputs, outputs and gradients (tests/golden/) through the public layers.
 
-The files keep the authors' order (in, out, k…) in ``core``; flora's is the weight's (out, in, k…).
+FLoRA's files keep the authors' order (in, out, k…) in ``core``; flora's is the weight's (out, in, k…).
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from torch import nn
 
 import flora
 
-FILES = sorted((Path(__file__).parent / "golden").glob("flora_*.npz"))
+GOLDEN = Path(__file__).parent / "golden"
+FILES = sorted(GOLDEN.glob("flora_*.npz"))
 BOUND = {torch.float64: 1e-10, torch.float32: 2e-5}
 
 
@@ -72,6 +74,51 @@ def test_golden(path, plan, layout, dtype, isa):
     grads |= {name: factor.grad for name, factor in zip(names, delta.factors, strict=True)}
     results = {"y": y, "dx": x.grad, "delta_weight": delta.delta_weight(arrays["weight"]), **grads}
     errors = {name: relative(value, arrays[name]) for name, value in results.items()}
+    assert max(errors.values()) < BOUND[dtype], errors
+
+
+# SURM and RLRR: the configuration, the delta's parameters, the authors' names for them
+LINEAR = {
+    "surm_circulant_linear": (flora.CirculantConfig(), {"a": "circulant_a", "b": "circulant_b"}),
+    "surm_toeplitz_linear": (flora.ToeplitzConfig(), {"a": "toeplitz_a", "b": "toeplitz_b"}),
+    "surm_kronecker_linear": (flora.KroneckerConfig(rank=4), {"a": "kronecker_a", "b": "kronecker_b"}),
+    "surm_ldr_linear": (
+        flora.LDRConfig(),
+        {"circulant": ("circulant_0", "circulant_1"), "skew": ("skew_0", "skew_1")},
+    ),
+    "rlrr_linear": (flora.RescaleConfig(), {"row": "row", "column": "col", "shift": "shift"}),
+    "rlrr_linear_odd": (flora.RescaleConfig(), {"row": "row", "column": "col", "shift": "shift"}),
+}
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("plan", ["auto", "fused", "hybrid", "merged"])
+@pytest.mark.parametrize("name", LINEAR)
+def test_golden_of_structured_and_rescaled_linears(name, plan, dtype, isa):
+    arrays = load(GOLDEN / f"{name}.npz", dtype)
+    config, names = LINEAR[name]
+    scale = float(arrays.get("scale", 1.0))
+    base = nn.Linear(*arrays["weight"].shape[::-1], dtype=dtype)
+    with torch.no_grad():
+        base.weight.copy_(arrays["weight"])
+        base.bias.copy_(arrays["bias"])
+    layer = flora.wrap(base, replace(config, scale=scale, plan=plan))
+    delta = layer.deltas["default"]
+
+    def theirs(prefix, name):
+        of_terms = isinstance(name, tuple)
+        return torch.stack([arrays[prefix + n] for n in name]) if of_terms else arrays[prefix + name].flatten()
+
+    given = {own: theirs("", name) for own, name in names.items()}
+    delta.load_tensors({own: given[own].reshape(t.shape) for own, t in delta.named_parameters()})
+    x = arrays["x"].requires_grad_()
+    y = layer(x)
+    y.backward(arrays["dy"])
+
+    errors = {"y": relative(y, arrays["y"]), "dx": relative(x.grad, arrays["dx"])}
+    for own, parameter in delta.named_parameters():
+        gradient = theirs("d_", names[own])
+        errors[own] = relative(parameter.grad.reshape(gradient.shape), gradient)
     assert max(errors.values()) < BOUND[dtype], errors
 
 

@@ -2,9 +2,21 @@
 
 from flora.config import DeltaConfig
 from flora.deltas.base import Delta, Site
+from flora.deltas.rescale import RescaleDelta
+from flora.deltas.structured import CirculantDelta, KroneckerDelta, LDRDelta, ToeplitzDelta
 from flora.deltas.tucker import TuckerDelta
 
-__all__ = ["Delta", "Site", "TuckerDelta", "build"]
+__all__ = [
+    "CirculantDelta",
+    "Delta",
+    "KroneckerDelta",
+    "LDRDelta",
+    "RescaleDelta",
+    "Site",
+    "ToeplitzDelta",
+    "TuckerDelta",
+    "build",
+]
 
 
 def build(config: DeltaConfig, site: Site) -> Delta:

@@ -92,7 +92,7 @@ class Delta(nn.Module):
         """The form and tensors that `flora.functional` computes with; by default ΔW as one tensor."""
         return Parts(DenseForm(self.factor), (self.unscaled_weight(weight),))
 
-    def shift(self) -> Tensor | None:
+    def bias_update(self) -> Tensor | None:
         """What is added to the bias (out,), or None."""
         return None
 

@@ -1,6 +1,9 @@
 """Forms: how each parametrisation makes ΔW and acts on activations, one file a family; `base.py` has what all share."""
 
 from flora.forms.base import DenseForm, Form, Parts
+from flora.forms.kronecker import KroneckerForm
+from flora.forms.rescale import RescaleForm
+from flora.forms.toeplitz import ToeplitzForm
 from flora.forms.tucker import Tucker, TuckerForm
 
-__all__ = ["DenseForm", "Form", "Parts", "Tucker", "TuckerForm"]
+__all__ = ["DenseForm", "Form", "KroneckerForm", "Parts", "RescaleForm", "ToeplitzForm", "Tucker", "TuckerForm"]

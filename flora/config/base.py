@@ -1,4 +1,4 @@
-"""Configurations of deltas: frozen dataclasses, validated once, to and from JSON.
+"""What every configuration of a delta has: which layers, which scale, validation, JSON.
 
 A field that is wrong raises ValueError with the field and its value. Symbols are those of docs/methods.md.
 """
@@ -19,8 +19,6 @@ Rank: TypeAlias = int | tuple[int, ...]
 Targets: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 PLANS = ("auto", "fused", "hybrid", "merged")
-INITS = ("reference", "orthogonal", "hosvd")
-PARTS = ("core", "factors", "out", "in", "kernel")
 
 _Value = TypeVar("_Value")
 
@@ -72,7 +70,7 @@ class DeltaConfig:
                 self._set(name, self._factor(name, getattr(self, name)))
         if self.scale is not None and self.alpha is not None:
             self._fail("alpha", f"cannot be given together with scale={self.scale!r}")
-        if not _is_real(self.dropout) or not 0.0 <= self.dropout < 1.0:
+        if not is_real(self.dropout) or not 0.0 <= self.dropout < 1.0:
             self._fail("dropout", "must be a number in [0, 1)")
         self._set("dropout", float(self.dropout))
         if self.plan not in PLANS:
@@ -81,7 +79,7 @@ class DeltaConfig:
             self._fail("plan", f"cannot drop elements of its input: dropout={self.dropout!r} needs auto or fused")
         self._set("target_modules", self._targets("target_modules", self.target_modules))
         if self.exclude_modules is not None:
-            empty = _is_names(self.exclude_modules) and not self.exclude_modules
+            empty = is_names(self.exclude_modules) and not self.exclude_modules
             self._set("exclude_modules", None if empty else self._targets("exclude_modules", self.exclude_modules))
         if self.modules_to_save is not None:
             saved = [self.modules_to_save] if isinstance(self.modules_to_save, str) else self.modules_to_save
@@ -155,35 +153,47 @@ class DeltaConfig:
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
+    def _positive(self, *names: str) -> None:
+        for name in names:
+            if not is_int(getattr(self, name)) or getattr(self, name) < 1:
+                self._fail(name, "must be a positive int")
+            self._set(name, int(getattr(self, name)))
+
+    def _flags(self, *names: str) -> None:
+        for name in names:
+            if not isinstance(getattr(self, name), bool):
+                self._fail(name, "must be True or False")
+
     def _one_of(self, name: str, allowed: Sequence[str]) -> None:
         if getattr(self, name) not in allowed:
             self._fail(name, f"must be one of {', '.join(allowed)}")
 
     def _factor(self, name: str, value: Any) -> float:
-        if not _is_real(value) or not math.isfinite(value) or value == 0:
+        if not is_real(value) or not math.isfinite(value) or value == 0:
             self._fail(name, "must be a finite number and not 0, since such a delta could never learn", value)
         return float(value)
 
     def _rank(self, name: str, value: Any) -> Rank:
+        """A rank of ``rank`` or ``rank_pattern``; an override narrows what is allowed."""
         ranks = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-        if not ranks or not all(_is_int(r) and r > 0 for r in ranks):
+        if not ranks or not all(is_int(r) and r > 0 for r in ranks):
             self._fail(name, "must be a positive int or a tuple of them", value)
-        if not _is_int(value) and self.alpha is not None:
+        if not is_int(value) and self.alpha is not None:
             self._fail(name, f"is a tuple, for which alpha={self.alpha!r} / rank has no meaning; give scale", value)
-        return int(value) if _is_int(value) else tuple(int(r) for r in ranks)
+        return int(value) if is_int(value) else tuple(int(r) for r in ranks)
 
     def _targets(self, name: str, value: Any) -> Targets:
         if isinstance(value, str):
             self._regex(name, value)
             return value
-        if _is_names(value):
+        if is_names(value):
             return self._names(name, value)
         if isinstance(value, nn.Module) or not callable(value):
             self._fail(name, 'must be "all", a sequence of names, a regex or a function of (name, module)')
         return value  # type: ignore[no-any-return]
 
     def _names(self, name: str, value: Any) -> tuple[str, ...]:
-        if not _is_names(value) or not value or not all(isinstance(item, str) and item for item in value):
+        if not is_names(value) or not value or not all(isinstance(item, str) and item for item in value):
             self._fail(name, "must name modules")
         return tuple(sorted(value) if isinstance(value, set | frozenset) else value)
 
@@ -206,64 +216,6 @@ class DeltaConfig:
             raise ValueError(f"{type(self).__name__}: {name}={pattern!r} is not a regex: {error}") from error
 
 
-@dataclass(frozen=True, kw_only=True)
-class TuckerConfig(DeltaConfig):
-    """FLoRA's delta (arXiv 2405.14739): ΔW = s · G ×₁U_out ×₂U_in ×₃U_k1 …, of the weight's own order.
-
-    Args:
-        rank: an int gives the channel modes min(rank, dim); a tuple gives every mode, in weight order (out, in, k…),
-            and is exact.
-        kernel_rank: the kernel modes get min(kernel_rank, k), unless ``rank`` is a tuple.
-        init: how the factors start: "reference" (the authors', kaiming normal), "orthogonal" or "hosvd" (the leading
-            singular vectors of the weight's unfoldings). The core starts at 0, so that ΔW = 0.
-        trainable: which parts learn: "core", "factors" (all of them), or single modes "out", "in", "kernel". It must
-            hold "core": while the core is 0, no factor has a gradient.
-    """
-
-    method: ClassVar[str] = "tucker"
-
-    rank: Rank = 16
-    kernel_rank: int = 2
-    init: str = "reference"
-    trainable: Sequence[str] = ("core", "factors")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._set("rank", self._rank("rank", self.rank))
-        if not _is_int(self.kernel_rank) or self.kernel_rank < 1:
-            self._fail("kernel_rank", "must be a positive int")
-        self._set("kernel_rank", int(self.kernel_rank))
-        self._one_of("init", INITS)
-        parts = (self.trainable,) if isinstance(self.trainable, str) else self.trainable
-        if not _is_names(parts) or not parts or not all(part in PARTS for part in parts):
-            self._fail("trainable", f"must be some of {', '.join(PARTS)}")
-        self._set("trainable", tuple(part for part in PARTS if part in parts))
-        if "core" not in self.trainable:
-            self._fail("trainable", 'lacks "core", which starts at 0: no factor could ever learn')
-
-    def ranks(self, shape: Sequence[int], name: str = "") -> tuple[int, ...]:
-        """The rank of every mode of a weight of the shape (out, in / groups, k…).
-
-        Args:
-            shape: the weight's, in flora's order.
-            name: the module's, for the message.
-
-        Raises:
-            ValueError: a tuple of ranks that has not the weight's order or goes above a mode, or an empty mode.
-        """
-        where = f"{name}: " if name else ""
-        if not all(shape):
-            raise ValueError(f"{where}the weight's shape {tuple(shape)} has an empty mode")
-        if isinstance(self.rank, int):
-            wanted = [self.rank, self.rank, *[self.kernel_rank] * (len(shape) - 2)]
-            return tuple(min(rank, dim) for rank, dim in zip(wanted, shape, strict=True))
-        if len(self.rank) != len(shape):
-            raise ValueError(f"{where}rank={self.rank} must have one entry a mode of the weight {tuple(shape)}")
-        if any(rank > dim for rank, dim in zip(self.rank, shape, strict=True)):
-            raise ValueError(f"{where}rank={self.rank} goes above a mode of the weight {tuple(shape)}")
-        return self.rank
-
-
 def matches(pattern: str, name: str) -> bool:
     """Whether a pattern (a regex that must match the whole name, or a dotted suffix of it) means the module."""
     return is_suffix(pattern, name) or re.fullmatch(pattern, name) is not None
@@ -279,15 +231,15 @@ def first_match(patterns: Iterable[str], name: str) -> str | None:
     return next((pattern for pattern in patterns if matches(pattern, name)), None)
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _is_real(value: Any) -> bool:
+def is_real(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _is_names(value: Any) -> bool:
+def is_names(value: Any) -> bool:
     return isinstance(value, list | tuple | set | frozenset)
 
 

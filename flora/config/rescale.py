@@ -1,0 +1,38 @@
+"""The configuration of RLRR's rescaling (arXiv 2403.19067). The formulas are in docs/methods.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from flora.config.base import DeltaConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RescaleConfig(DeltaConfig):
+    """W' = W + s·W ⊙ (row·column), bias' = bias + shift.
+
+    Args:
+        rows: a factor for each row of the weight, (d_out,).
+        columns: a factor for each column, (d_in/groups,), the same for every place of a kernel.
+        bias: a shift of the output, (d_out,), which starts at 0. A layer without a bias gets one when it is merged.
+        init: "identity": row = 0 (columns alone: column = 0), so that W' = W at the start; "reference": the authors',
+            row and column kaiming_uniform with a = √5.
+
+    Rows alone are SSF's and the Hadamard adapter's rescaling, columns alone IA³'s. Half precision, dropout and
+    quantised layers: as for the other methods, but a quantised layer cannot be rescaled.
+    """
+
+    method: ClassVar[str] = "rescale"
+
+    rows: bool = True
+    columns: bool = True
+    bias: bool = True
+    init: str = "identity"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._flags("rows", "columns", "bias")
+        self._one_of("init", ("identity", "reference"))
+        if not (self.rows or self.columns or self.bias):
+            self._fail("rows", "columns and bias are all False: nothing could learn")

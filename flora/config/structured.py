@@ -1,0 +1,136 @@
+"""Configurations of SURM's structured matrices (arXiv 2406.17740). The formulas are in docs/methods.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from flora.config.base import DeltaConfig, Rank, is_int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CirculantConfig(DeltaConfig):
+    """ΔW = s·C(c), C[i, j] = c[(i - j) mod n], n = max(d_out, d_in), cut to the weight's rows and columns.
+
+    Args:
+        product: True: c = a ⊙ b of two vectors, a ~ N(0, 1), b = 0. False: c = a alone, which starts at 0.
+    """
+
+    method: ClassVar[str] = "circulant"
+
+    product: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._flags("product")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToeplitzConfig(DeltaConfig):
+    """ΔW = s·T(b)·T(a), or s·T(a), T[i, j] depending on i - j alone; n = max(d_out, d_in), cut to the weight.
+
+    Args:
+        symmetric: True: T[i, j] = v[abs(i - j)], one vector v a matrix. False: a first column and a first row.
+        product: True: two matrices, a ~ N(0, 0.02²), b = 0. False: T(a) alone, which starts at 0.
+    """
+
+    method: ClassVar[str] = "toeplitz"
+
+    symmetric: bool = True
+    product: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._flags("symmetric", "product")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LDRConfig(DeltaConfig):
+    """ΔW = s·Σ_i C(c_i)·S(s_i), circulant times skew-circulant: low displacement rank; cut to the weight.
+
+    Args:
+        terms: how many products are summed. c_i = 0, s_i ~ N(0, 0.02²) at the start.
+    """
+
+    method: ClassVar[str] = "ldr"
+
+    terms: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("terms")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KroneckerConfig(DeltaConfig):
+    """ΔW = s·(B ⊗ A): a small matrix A in every place of another, weighted by its entries.
+
+    Args:
+        rank: r of the authors' shape, A (r, d_in/r) and B (d_out/r, r); it must divide both extents of the weight as a
+            matrix (d_out, d_in/groups·k…).
+        block: the shape (rows, columns) of A instead; B is (d_out/rows, d_in/columns).
+
+    A ~ kaiming_uniform(√5), B = 0. ``alpha`` needs a rank.
+    """
+
+    method: ClassVar[str] = "kronecker"
+
+    rank: int | None = None
+    block: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is None and self.block is None:
+            self._set("rank", 16)
+        super().__post_init__()
+        if self.rank is not None and self.block is not None:
+            self._fail("block", f"cannot be given together with rank={self.rank!r}")
+        if self.rank is not None:
+            self._set("rank", self._rank("rank", self.rank))
+        else:
+            self._check_block()
+
+    def _check_block(self) -> None:
+        block = self.block
+        if not isinstance(block, Sequence) or len(block) != 2 or not all(is_int(n) and n > 0 for n in block):
+            self._fail("block", "must be two positive ints, the rows and columns of A")
+        self._set("block", tuple(int(n) for n in block))
+        for name in ("alpha", "rank_pattern"):
+            if getattr(self, name) is not None:
+                self._fail(name, f"needs a rank, and there is block={self.block!r}")
+
+    def _rank(self, name: str, value: Any) -> Rank:
+        if not is_int(value) or value < 1:
+            self._fail(name, "must be a positive int", value)
+        return int(value)
+
+    def block_shape(self, shape: Sequence[int], name: str = "") -> tuple[int, int]:
+        """The shape of A for a weight of the matrix shape (d_out, d_in).
+
+        Raises:
+            ValueError: A does not fit; the message names the divisors that would.
+        """
+        d_out, d_in = shape
+        where = f"{name}: " if name else ""
+        if self.rank is not None:
+            common = [n for n in divisors(d_out) if d_in % n == 0]
+            if self.rank not in common:
+                raise ValueError(
+                    f"{where}rank={self.rank} does not divide both extents of the {d_out}×{d_in} matrix; "
+                    f"{', '.join(map(str, common))} would"
+                )
+            return self.rank, d_in // self.rank
+        assert self.block is not None
+        for extent, block, what in zip(shape, self.block, ("rows", "columns"), strict=True):
+            if extent % block:
+                raise ValueError(
+                    f"{where}block={self.block}: {block} does not divide the {extent} {what} of the {d_out}×{d_in} "
+                    f"matrix; {', '.join(map(str, divisors(extent)))} would"
+                )
+        return self.block[0], self.block[1]
+
+
+def divisors(n: int) -> list[int]:
+    """All of them, in order."""
+    low = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
+    return low + [n // d for d in reversed(low) if d * d != n]
