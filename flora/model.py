@@ -5,10 +5,12 @@ Every verb is all or nothing: what can be checked is checked before the first ch
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, TypeVar, cast
 
 import torch
@@ -393,34 +395,58 @@ def release(root: nn.Module) -> None:
 # Choosing ----------------------------------------------------------------------------------------------------------
 
 
-def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
-    """Make one adapter, or several whose updates add, active and trainable, and all others neither.
+def set_adapter(
+    model: nn.Module,
+    name: str | Sequence[str] | Mapping[str, float],
+    *,
+    trainable: bool | Sequence[str] = True,
+) -> None:
+    """Make one adapter active, or several whose updates add, and decide which of them learn.
+
+    Afterwards exactly the adapters that ``trainable`` means require gradients, whatever was before; all others, and
+    the base, do not. DistributedDataParallel looks at what requires gradients when it is built: set the adapters first,
+    or keep ``trainable`` the same from then on (and ``find_unused_parameters=True``, if some of them rest).
+
+    Args:
+        name: one adapter, several, or several with weights: a mapping of names to the finite numbers that their updates
+            are multiplied by, beside their own scales, until the next call. Files hold no weights.
+        trainable: True: those that are active learn; False: none; or the names of those that do.
 
     Raises:
-        ValueError: no name, an unknown one, or two adapters that train the same module whole.
+        ValueError: no name, an unknown one, a weight that is no finite number, or two adapters that train the same
+            module whole.
         RuntimeError: no adapters in the model, or some are merged.
     """
     state = state_of(model)
-    names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name))
-    if not names:
-        raise ValueError("name=() must name an adapter; flora.disabled runs the model without")
-    for one in names:
+    weights = dict(name) if isinstance(name, Mapping) else dict.fromkeys([name] if isinstance(name, str) else name, 1.0)
+    if not weights:
+        raise ValueError(f"name={name!r} must name an adapter; flora.disabled runs the model without")
+    learning = list(weights) if trainable is True else [] if trainable is False else _listed_names(trainable)
+    for one in (*weights, *learning):
         check_adapter(state, one)
+    for one, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
+            raise ValueError(f"name={name!r}: the weight {weight!r} of {one!r} must be a finite number")
     _check_unmerged(model)
     for where, module in saved_modules(model).items():
-        owners = [one for one in names if one in module.copies]
+        owners = [one for one in weights if one in module.copies]
         if len(owners) > 1:
             raise ValueError(
                 f"{where}: only one of {', '.join(map(repr, owners))}, which all train it whole, can be active"
             )
-    state.active = names
-    _activate(model, names)
+    state.active = tuple(weights)
+    _activate(model, state.active)
     for layer in adapted_layers(model).values():
         for one, delta in layer.adapters():
-            delta.set_trainable(one in names)
+            delta.strength = float(weights.get(one, 1.0))
+            delta.set_trainable(one in learning)
     for module in saved_modules(model).values():
         for one in module.copies:
-            module.set_trainable(one, one in names)
+            module.set_trainable(one, one in learning)
+
+
+def _listed_names(names: Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _activate(model: nn.Module, names: Sequence[str]) -> None:

@@ -23,6 +23,8 @@ class LayerRow:
 
     name: str
     adapter: str
+    method: str
+    """Of the adapter's configuration; "" for a module trained whole."""
     kind: str
     """The class of the base layer."""
     shape: tuple[int, ...]
@@ -32,6 +34,8 @@ class LayerRow:
     plan: str
     """How the layer computes; "trained whole" for a module of ``modules_to_save``."""
     scale: float
+    strength: float
+    """The weight that `flora.set_adapter` gave the adapter."""
     parameters: int
     trainable: int
     """How many of the parameters learn now."""
@@ -68,16 +72,17 @@ class Summary:
         return sum(row.parameters for row in self.layers)
 
     def _table(self) -> list[list[str]]:
-        head = ["layer", "adapter", "kind", "weight", "ranks", "plan", "scale", "parameters", "trainable"]
+        head = ["layer", "adapter", "method", "kind", "weight", "ranks", "plan", "scale", "parameters", "trainable"]
         rows = [
             [
                 row.name or "(the layer)",
                 row.adapter + ("*" if row.active else "") + (" (merged)" if row.merged else ""),
+                row.method,
                 row.kind,
                 _times(row.shape),
                 _times(row.ranks),
                 row.plan,
-                f"{row.scale:g}" if row.shape else "",
+                (f"{row.scale:g}" + (f" × {row.strength:g}" if row.strength != 1 else "")) if row.shape else "",
                 f"{row.parameters:,}",
                 f"{row.trainable:,}",
             ]
@@ -138,11 +143,13 @@ def summary(model: nn.Module) -> Summary:
                 LayerRow(
                     name=name,
                     adapter=adapter,
+                    method=delta.config.method,
                     kind=describe(layer.base_layer),
                     shape=tuple(layer.shape),
                     ranks=tuple(getattr(delta, "ranks", ())),
                     plan=layer.plan_of(adapter),
                     scale=delta.scale,
+                    strength=delta.strength,
                     parameters=_count(delta.parameters()),
                     trainable=_count(p for p in delta.parameters() if p.requires_grad),
                     active=adapter in layer.active,
@@ -155,11 +162,13 @@ def summary(model: nn.Module) -> Summary:
                 LayerRow(
                     name=name,
                     adapter=adapter,
+                    method="",
                     kind=describe(module.base_layer),
                     shape=(),
                     ranks=(),
                     plan="trained whole",
                     scale=1.0,
+                    strength=1.0,
                     parameters=_count(copy.parameters()),
                     trainable=_count(p for p in copy.parameters() if p.requires_grad),
                     active=adapter == module.active,

@@ -486,7 +486,10 @@ def _load_folder(
     where = file.path / CONFIG_FILE
     own = file.config if isinstance(file.config, Mapping) else {"": file.config}
     try:
-        layers = {key: (_exact(own[entry.pattern], key, entry), entry.pattern) for key, entry in file.layers.items()}
+        layers = {
+            key: (own[entry.pattern].for_module(key).with_ranks(entry.ranks), entry.pattern)
+            for key, entry in file.layers.items()
+        }
         differing = _compare_bases(model, file, base_dtype)
         selection = select_named(model, layers, file.saved)
         for target in selection.layers:
@@ -499,13 +502,6 @@ def _load_folder(
         raise ValueError(f"{where}: {error}") from error
     if differing:
         warnings.warn(f"{where}: the adapter was trained on a base of other dtypes: {differing}", stacklevel=3)
-
-
-def _exact(config: DeltaConfig, name: str, entry: LayerEntry) -> DeltaConfig:
-    """The configuration of one layer with the ranks that its file has."""
-    own = config.for_module(name)
-    exact: dict[str, Any] = {"rank": entry.ranks, "alpha": None, "scale": own.resolved_scale}
-    return replace(own, **exact) if entry.ranks else own
 
 
 def filler(

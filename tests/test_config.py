@@ -175,7 +175,7 @@ def test_a_function_cannot_be_written():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "method=None must be one of tucker"),
+        ({}, "method=None must be one of .*tucker"),
         ({"method": "lora2"}, "method='lora2' must be one of"),
         ({"method": ["tucker"]}, "method="),
         ({"method": "tucker", "ranks": 3, "r": 1}, "TuckerConfig has no field 'ranks', 'r'"),

@@ -499,6 +499,49 @@ def test_updates_of_active_adapters_add():
     torch.testing.assert_close(model(x), both, **CLOSE)
 
 
+def test_which_adapters_learn_is_what_the_last_choice_said():
+    model = two_tasks()
+    set_adapter(model, "task_b", trainable=False)
+    assert learning(model) == set()
+    set_adapter(model, "task_b", trainable=["default"])
+    assert learning(model) == {"default"}
+    assert state_of(model).active == ("task_b",)
+    set_adapter(model, {"default": 0.5})
+    assert learning(model) == {"default"}
+    set_adapter(model, "default", trainable="task_b")
+    assert learning(model) == {"task_b"}
+
+
+def test_weights_multiply_updates_until_the_next_choice():
+    torch.manual_seed(0)
+    model = adapt(nn.Sequential(nn.Linear(6, 6)), TuckerConfig(rank=2, scale=3.0))
+    adapt(model, TuckerConfig(rank=2), "other")
+    set_adapter(model, ["default", "other"])
+    stir(model)
+    x = torch.randn(3, 6)
+    base = model[0].base_layer(x)
+    set_adapter(model, "default")
+    first = model(x) - base
+    set_adapter(model, "other")
+    second = model(x) - base
+    set_adapter(model, {"other": -2, "default": 0.25})
+    torch.testing.assert_close(model(x), base + 0.25 * first - 2 * second, **CLOSE)
+    assert {row.adapter: (row.scale, row.strength) for row in summary(model).layers} == {
+        "default": (3.0, 0.25),
+        "other": (1.0, -2.0),
+    }
+    assert "3 × 0.25" in str(summary(model))
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(x), model(x))
+    merge(model)
+    torch.testing.assert_close(model(x), base + 0.25 * first - 2 * second, **CLOSE)
+    unmerge(model)
+    set_adapter(model, {"default": 0.0})
+    assert torch.equal(model(x), base)
+    set_adapter(model, "default")
+    torch.testing.assert_close(model(x), base + first, **CLOSE)
+
+
 @pytest.mark.parametrize(
     ("verb", "error", "message"),
     [
@@ -516,6 +559,12 @@ def test_updates_of_active_adapters_add():
             ValueError,
             "^8: only one of 'default', 'task_b'",
         ),
+        (lambda m: set_adapter(m, {}), ValueError, r"name=\{\} must name an adapter"),
+        (lambda m: set_adapter(m, {"default": 1.0, "x": 1.0}), ValueError, "no adapter 'x'"),
+        (lambda m: set_adapter(m, {"default": True}), ValueError, "the weight True of 'default' must be a finite"),
+        (lambda m: set_adapter(m, {"default": "1"}), ValueError, "the weight '1' of 'default'"),
+        (lambda m: set_adapter(m, {"task_b": float("nan")}), ValueError, "the weight nan of 'task_b'"),
+        (lambda m: set_adapter(m, "default", trainable="x"), ValueError, "no adapter 'x'"),
         (lambda m: delete_adapter(m, "x"), ValueError, "no adapter 'x'"),
         (unmerge, RuntimeError, "no adapter is merged"),
     ],

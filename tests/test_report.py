@@ -64,7 +64,7 @@ def test_the_printed_report(model):
     lines = text.splitlines()
     assert lines[0] == "Net: 'default'"
     (conv,) = [line for line in lines if line.startswith("conv")]
-    assert conv.split() == ["conv", "default*", "Conv1d", "6×4×3", "2×2×2", "auto", "0.5", "34", "34"]
+    assert conv.split() == ["conv", "default*", "tucker", "Conv1d", "6×4×3", "2×2×2", "auto", "0.5", "34", "34"]
     assert "ConvTranspose1d (up): ConvTranspose1d is not supported" in text
     assert "tied: out.weight with embed.weight; merging unties it" in text
     total, share = summary(model).trainable_parameters, summary(model).share

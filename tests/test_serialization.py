@@ -20,7 +20,7 @@ import transformers
 from torch import nn
 
 from flora import folders
-from flora.config import TuckerConfig
+from flora.config import CirculantConfig, TuckerConfig
 from flora.drop_in import Conv2d
 from flora.layers import AdaptedLayer, wrap
 from flora.model import adapt, adapted_layers, merge, saved_modules, set_adapter, state_of, unload
@@ -546,6 +546,10 @@ BAD_JSON = {
     ),
     "ranks": (put(["modules", "0", "ranks"], "3"), "0: ranks='3'"),
     "no ranks": (put(["modules", "0", "ranks"], []), r"rank=\(\) must be a positive int"),
+    "ranks of none": (
+        lambda m: m.update(method="circulant", config=CirculantConfig().to_dict()),
+        r"CirculantConfig has no ranks, and ranks=\(",
+    ),
     "rank above": (put(["modules", "0", "ranks"], [9, 3, 2, 2]), r"0: rank=\(9, 3, 2, 2\) goes above"),
     "other ranks": (
         put(["modules", "0", "ranks"], [2, 3, 2, 2]),

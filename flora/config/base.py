@@ -110,6 +110,16 @@ class DeltaConfig:
         changes.update({f.name: f.default for f in dataclasses.fields(self) if f.name in selectors})
         return dataclasses.replace(self, **changes)
 
+    def with_ranks(self, ranks: tuple[int, ...]) -> Self:
+        """The config of one module with the ranks that its adapter file has, () for a method without ranks.
+
+        Raises:
+            ValueError: ranks that this method cannot have.
+        """
+        if ranks:
+            raise ValueError(f"{type(self).__name__} has no ranks, and {ranks=} are given")
+        return self
+
     # JSON -----------------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:

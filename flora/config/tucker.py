@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 from flora.config.base import DeltaConfig, Rank, is_names
 
@@ -44,6 +44,9 @@ class TuckerConfig(DeltaConfig):
         self._set("trainable", tuple(part for part in PARTS if part in parts))
         if "core" not in self.trainable:
             self._fail("trainable", 'lacks "core", which starts at 0: no factor could ever learn')
+
+    def with_ranks(self, ranks: tuple[int, ...]) -> Self:
+        return replace(self, rank=ranks, alpha=None, scale=self.resolved_scale)
 
     def ranks(self, shape: Sequence[int], name: str = "") -> tuple[int, ...]:
         """The rank of every mode of a weight of the shape (out, in / groups, k…).

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -24,9 +22,9 @@ class RescaleDelta(Delta, config=RescaleConfig):
         self.shift = site.parameter(d_out) if config.bias else None
         reference = config.init == "reference"
         if self.row is not None and reference:
-            nn.init.kaiming_uniform_(self.row[:, None], a=math.sqrt(5))
+            nn.init.kaiming_uniform_(self.row[:, None])
         if self.column is not None and (reference or config.rows):
-            nn.init.kaiming_uniform_(self.column[None], a=math.sqrt(5))
+            nn.init.kaiming_uniform_(self.column[None])
 
     @property
     def of_bias_alone(self) -> bool:

@@ -20,7 +20,8 @@ class RescaleForm(Form):
         return weight.to(gain.dtype) * gain
 
     def base_gradient(self, dw: Tensor, tensors: Tensors) -> Tensor:
-        return dw.to(tensors[0].dtype) * (1 + self._gain(dw, tensors))
+        gain = self._gain(dw, tensors)
+        return dw.to(gain.dtype) * (1 + gain)
 
     def _gain(self, weight: Tensor, tensors: Tensors) -> Tensor:
         """s·row·column, of a shape that broadcasts over the weight's."""
