@@ -7,6 +7,7 @@
 `wrap`, `Linear` and `Conv1d` to `Conv3d` on single layers. docs/guide.md has the tour, docs/methods.md the formulas.
 """
 
+from flora.budgets import budget
 from flora.config import (
     CirculantConfig,
     DeltaConfig,
@@ -43,6 +44,7 @@ __all__ = [
     "TuckerDelta",
     "adapt",
     "add_adapter",
+    "budget",
     "delete_adapter",
     "disabled",
     "load_adapter",

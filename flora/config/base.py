@@ -45,6 +45,8 @@ class DeltaConfig:
     """
 
     method: ClassVar[str]
+    ordered: ClassVar[bool] = True
+    """Whether `sizes` go from few parameters to many."""
     _methods: ClassVar[dict[str, type[DeltaConfig]]] = {}
 
     scale: float | None = None
@@ -109,6 +111,13 @@ class DeltaConfig:
         selectors = ("target_modules", "exclude_modules", "rank_pattern", "scale_pattern", "modules_to_save")
         changes.update({f.name: f.default for f in dataclasses.fields(self) if f.name in selectors})
         return dataclasses.replace(self, **changes)
+
+    def sizes(self, shapes: Sequence[tuple[int, ...]]) -> Sequence[Mapping[str, Any]]:
+        """The fields that set how many parameters there are, with the values that fit weights of these shapes.
+
+        From few parameters to many, unless ``ordered`` is False. A method without a choice has one size, ``{}``.
+        """
+        return ({},)
 
     def with_ranks(self, ranks: tuple[int, ...]) -> Self:
         """The config of one module with the ranks that its adapter file has, () for a method without ranks.
@@ -239,6 +248,11 @@ def is_suffix(suffix: str, name: str) -> bool:
 def first_match(patterns: Iterable[str], name: str) -> str | None:
     """The first of the patterns that means the module, or None."""
     return next((pattern for pattern in patterns if matches(pattern, name)), None)
+
+
+def ranks_up_to(most: int) -> Sequence[Mapping[str, Any]]:
+    """What `DeltaConfig.sizes` gives where the rank is the size."""
+    return [{"rank": rank} for rank in range(1, most + 1)]
 
 
 def is_int(value: Any) -> bool:

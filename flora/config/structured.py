@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -61,6 +62,9 @@ class LDRConfig(DeltaConfig):
         super().__post_init__()
         self._positive("terms")
 
+    def sizes(self, shapes: Sequence[tuple[int, ...]]) -> Sequence[Mapping[str, Any]]:
+        return [{"terms": terms} for terms in range(1, max(max(shape) for shape in shapes) + 1)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class KroneckerConfig(DeltaConfig):
@@ -75,6 +79,7 @@ class KroneckerConfig(DeltaConfig):
     """
 
     method: ClassVar[str] = "kronecker"
+    ordered: ClassVar[bool] = False
 
     rank: int | None = None
     block: Sequence[int] | None = None
@@ -103,6 +108,12 @@ class KroneckerConfig(DeltaConfig):
         if not is_int(value) or value < 1:
             self._fail(name, "must be a positive int", value)
         return int(value)
+
+    def sizes(self, shapes: Sequence[tuple[int, ...]]) -> Sequence[Mapping[str, Any]]:
+        """Blocks that fit all shapes; the authors' shape has one parameter a row and column, whatever its rank."""
+        rows = math.gcd(*(shape[0] for shape in shapes))
+        columns = math.gcd(*(math.prod(shape[1:]) for shape in shapes))
+        return [{"rank": None, "block": (p, q)} for p in divisors(rows) for q in divisors(columns)]
 
     def block_shape(self, shape: Sequence[int], name: str = "") -> tuple[int, int]:
         """The shape of A for a weight of the matrix shape (d_out, d_in).

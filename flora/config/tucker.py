@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
-from flora.config.base import DeltaConfig, Rank, is_names
+from flora.config.base import DeltaConfig, Rank, is_names, ranks_up_to
 
 INITS = ("reference", "orthogonal", "hosvd")
 PARTS = ("core", "factors", "out", "in", "kernel")
@@ -44,6 +44,9 @@ class TuckerConfig(DeltaConfig):
         self._set("trainable", tuple(part for part in PARTS if part in parts))
         if "core" not in self.trainable:
             self._fail("trainable", 'lacks "core", which starts at 0: no factor could ever learn')
+
+    def sizes(self, shapes: Sequence[tuple[int, ...]]) -> Sequence[Mapping[str, Any]]:
+        return ranks_up_to(max(max(shape[:2]) for shape in shapes))
 
     def with_ranks(self, ranks: tuple[int, ...]) -> Self:
         return replace(self, rank=ranks, alpha=None, scale=self.resolved_scale)

@@ -31,6 +31,9 @@ class Site:
     transposed: bool = False
     """Whether the layer itself keeps its weight as (in, out), as transformers' Conv1D does."""
 
+    shapes_only: bool = False
+    """Only the parameters' shapes are asked for: nothing has to be drawn or decomposed."""
+
     @property
     def label(self) -> str:
         return self.name or "layer"

@@ -39,9 +39,9 @@ class TuckerDelta(Delta, config=TuckerConfig):
         self.core = site.parameter(*ranks)
         sizes = zip(site.shape, ranks, strict=True)
         self.factors = nn.ParameterList(site.parameter(dim, rank) for dim, rank in sizes)
-        if config.init == "hosvd":
+        if config.init == "hosvd" and not site.shapes_only:
             self._init_hosvd(site)
-        else:
+        elif not site.shapes_only:
             for factor in self.factors:
                 if config.init == "orthogonal":
                     nn.init.orthogonal_(factor)
