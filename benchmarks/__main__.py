@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks import cases, curves, models, plots, small
@@ -12,6 +13,8 @@ from benchmarks.report import DOCS, PARTS, RESULTS, Run, into_readme, markdown
 from flora.bench import compare, machine
 from flora.bench.command import any_noisy
 from flora.bench.compare import ROUNDS
+from flora.bench.methods import method_peers
+from flora.bench.peers import peers
 from flora.bench.tables import microseconds, ratios, terminal
 from flora.bench.timing import ATTEMPTS, FEWEST
 
@@ -19,7 +22,12 @@ MODEL_ROUNDS = 5  # a step takes seconds: more rounds, or a second attempt, woul
 MODEL_ATTEMPTS = 1
 SMALL_ROUNDS = 60
 CURVE_ROUNDS = 9
-LAYERS = {"layers": cases.LAYERS, "channels_last": cases.CHANNELS_LAST, "bfloat16": cases.BFLOAT16}
+LAYERS = {
+    "layers": cases.LAYERS,
+    "channels_last": cases.CHANNELS_LAST,
+    "bfloat16": cases.BFLOAT16,
+    "methods": cases.METHODS,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,8 +87,9 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Run | Non
         if not args.anyway:
             return None
     for part, found in layers.items():
+        of = method_peers if part == "methods" else partial(peers, plans=args.plans)
         for case in found:
-            result = compare.measure(case, rounds=rounds["layers"], attempts=attempts, plans=args.plans)
+            result = compare.measure(case, rounds=rounds["layers"], attempts=attempts, of=of)
             run.results.setdefault(part, []).append(result)
             print(f"\n{terminal(result)}", flush=True)
     for call in calls:

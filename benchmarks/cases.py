@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from flora.bench.case import Case, conv, linear
+from flora.bench.methods import named
 from flora.bench.peers import FLORA
 
 _LINEAR = {
@@ -39,4 +40,18 @@ BFLOAT16: list[Case] = [
     linear(2048, 2048, 512, dtype=torch.bfloat16, bounds={FLORA: 1.06}),
     _conv(**_CONV[0][0], dtype=torch.bfloat16, bounds={FLORA: 1.40}),
     _conv(**_CONV[1][0], dtype=torch.bfloat16, bounds={FLORA: 1.12}),
+]
+METHODS = [
+    linear(
+        768,
+        768,
+        1576,
+        bounds={named("circulant"): 1.15, named("Toeplitz"): 1.7, named("Kronecker"): 1.20, named("rescale"): 1.53},
+    ),
+    linear(
+        2048,
+        2048,
+        512,
+        bounds={named("circulant"): 1.08, named("Toeplitz"): 1.3, named("Kronecker"): 1.10, named("rescale"): 1.53},
+    ),
 ]

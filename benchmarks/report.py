@@ -21,6 +21,7 @@ PARTS = {
     "layers": "One layer, float32",
     "channels_last": "One layer, float32, channels_last",
     "bfloat16": "One layer, bfloat16 activations and base",
+    "methods": "Structured matrices and rescaling, float32",
     "small": "Small calls, float32",
     "models": "A whole training step, float32",
     "curves": "How the cost grows",

@@ -21,6 +21,7 @@ from flora.bench import compare, machine, tables, timing
 from flora.bench.case import Case, conv, linear
 from flora.bench.compare import Result, Row
 from flora.bench.memory import keep_heap, peak_bytes
+from flora.bench.methods import method_peers, named
 from flora.bench.peers import FLORA, FROZEN, LORA, AbsentError, Peer, build, peers
 from flora.bench.timing import Timing, interleaved
 from flora.cli import main as flora
@@ -93,6 +94,34 @@ def test_peers_train_what_they_should(case: Case) -> None:
         narrow = {p.dtype for p in trained.values()} == {torch.bfloat16}
         if name in (LORA, FLORA, f"{LORA}, bfloat16 adapter"):
             assert narrow == ("bfloat16 adapter" in name), name
+
+
+@pytest.mark.parametrize("method", ["circulant", "Toeplitz", "Kronecker", "rescale"])
+def test_methods_in_plain_pytorch_are_the_same_function(method: str) -> None:
+    case = linear(24, 24, 10)
+    found = method_peers(case)
+    plain, ours = build(found[f"{method}, plain PyTorch"], case), build(found[named(method)], case)
+    delta = ours.deltas["default"]
+    with torch.no_grad():
+        for key, parameter in delta.named_parameters():
+            parameter.copy_(getattr(plain, key).view_as(parameter))
+    expected = step(plain, case)
+    assert not torch.allclose(expected[0], step(build(found[FROZEN], case), case)[0], atol=1e-4)
+    for value, other in zip(step(ours, case), expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5)
+    for key, parameter in delta.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, getattr(plain, key).grad.view_as(parameter), rtol=1e-4, atol=1e-4, msg=key
+        )
+
+
+def test_methods_on_what_is_not_square() -> None:
+    result = compare.measure(CONV, rounds=5, attempts=1, of=method_peers)
+    assert result.limit is None
+    assert {row.peer: row.absent for row in result.rows}["circulant, plain PyTorch"] == "has square Linear only"
+    assert {named("circulant"), named("LDR"), named("Kronecker"), named("rescale")} <= {
+        row.peer for row in result.rows if row.timing
+    }
 
 
 def test_what_another_refuses_is_said_and_what_flora_raises_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

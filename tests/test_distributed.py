@@ -20,7 +20,8 @@ SCRIPT = textwrap.dedent("""
 
     def adapted(choose):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 6), nn.Linear(6, 5), nn.Linear(5, 2))
+        head = nn.Linear(6, 5), nn.Linear(5, 2)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 6), *head)
         flora.adapt(model, flora.TuckerConfig(rank=2, exclude_modules=["5"]), "a")
         flora.adapt(model, flora.CirculantConfig(exclude_modules=["5"]), "b")
         flora.adapt(model, flora.RescaleConfig(target_modules=["3"], modules_to_save=["5"]), "c")

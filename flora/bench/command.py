@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from flora.bench import case as cases
 from flora.bench import machine, tables
 from flora.bench.case import Case
 from flora.bench.compare import ROUNDS, Result, measure
+from flora.bench.methods import method_peers
+from flora.bench.peers import peers
 from flora.bench.timing import FEWEST
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -35,6 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="PyTorch's own number")
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help="samples of each peer, %(default)s")
     parser.add_argument("--plans", action="store_true", help="also each of flora's plans by itself")
+    parser.add_argument("--methods", action="store_true", help="structured matrices and rescaling instead")
     parser.add_argument("--anyway", action="store_true", help="measure on a busy machine too; noisy figures are marked")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
 
@@ -131,7 +135,8 @@ def run(layers: list[Case], args: argparse.Namespace) -> int:
                 return 1
         results = []
         for case in layers:
-            results.append(measure(case, rounds=args.rounds, plans=args.plans))
+            of = method_peers if args.methods else partial(peers, plans=args.plans)
+            results.append(measure(case, rounds=args.rounds, of=of))
             print(f"\n{tables.terminal(results[-1])}", flush=True)
     finally:
         torch.set_num_threads(before)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from flora.bench.case import Case
 from flora.bench.machine import gemm_speed, has_amx, multiplies_bfloat16
 from flora.bench.memory import exact_heap, peak_bytes, saved_bytes
-from flora.bench.peers import FLORA, FROZEN, LORA, AbsentError, build, peers
+from flora.bench.methods import method_peers
+from flora.bench.peers import FLORA, FROZEN, LORA, AbsentError, Peer, build, peers
 from flora.bench.timing import ATTEMPTS, Timing, interleaved
 
 ROUNDS = 15
@@ -127,13 +128,19 @@ def compare(
     return Result(name, tuple(rows))
 
 
-def measure(case: Case, *, rounds: int = ROUNDS, attempts: int = ATTEMPTS, plans: bool = False) -> Result:
-    """Every peer on one layer."""
-    makers = {name: lambda peer=peer: build(peer, case) for name, peer in peers(case, plans=plans).items()}
+def measure(
+    case: Case,
+    *,
+    rounds: int = ROUNDS,
+    attempts: int = ATTEMPTS,
+    of: Callable[[Case], Mapping[str, Peer]] = peers,
+) -> Result:
+    """Every peer ``of`` a case on its layer."""
+    makers = {name: lambda peer=peer: build(peer, case) for name, peer in of(case).items()}
     result = compare(case.name, makers, case.make()[1], rounds=rounds, attempts=attempts, bounds=case.bounds)
     frozen = result.rows[0].timing
     assert frozen is not None
-    limit = case.limit(frozen.quartile, gemm_speed(case.dtype))
+    limit = case.limit(frozen.quartile, gemm_speed(case.dtype)) if of is not method_peers else None
     return Result(case.name, _bounded(result, case.dtype), limit)
 
 
