@@ -1,4 +1,4 @@
-"""The examples and every Python block of the README and the guide run as they stand, offline."""
+"""The examples and every Python block of the README, the guide and design.md run as they stand, offline."""
 
 import os
 import re
@@ -37,6 +37,13 @@ def test_readme_has_its_three_models() -> None:
 
 def test_guide(tmp_path: Path) -> None:
     run("-c", "\n".join(blocks("docs/guide.md")), cwd=tmp_path)  # its blocks continue each other
+
+
+def test_a_method_from_outside_is_adapted_saved_and_reported(tmp_path: Path) -> None:
+    (code,) = blocks("docs/design.md")
+    out = run("-c", code, cwd=tmp_path)
+    assert "block_diagonal" in out
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_conv_layer(tmp_path: Path) -> None:
