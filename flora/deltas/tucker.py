@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flora.config import TuckerConfig
 from flora.deltas.base import Delta, Site
-from flora.forms import Tucker
+from flora.forms import Parts, Tucker, TuckerForm
 
 MODES = ("out", "in", "kernel")
 
@@ -67,12 +67,16 @@ class TuckerDelta(Delta, config=TuckerConfig):
     @property
     def tucker(self) -> Tucker:
         """The tensors as `flora.functional` takes them."""
-        core = self._parameters.get("core")  # as every call needs it, without nn.Module's slow __getattr__
-        factors = tuple(self._modules["factors"]._parameters.values())  # type: ignore[union-attr]
-        return Tucker(self.core if core is None else core, factors, self.factor)
+        core, *factors = self._tensors()
+        return Tucker(core, tuple(factors), self.factor)
 
-    def parts(self, weight: Tensor | None) -> Tucker:
-        return self.tucker
+    def parts(self, weight: Tensor | None) -> Parts:
+        return Parts(TuckerForm(self.scale * self.strength), self._tensors())
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        core = self._parameters.get("core")  # as every call needs it, without nn.Module's slow __getattr__
+        factors = self._modules["factors"]._parameters.values()  # type: ignore[union-attr]
+        return (self.core if core is None else core, *factors)
 
     def stuck(self) -> str | None:
         """A part's gradient is a product of all the others, so one part may be zero, and only if that part learns."""
