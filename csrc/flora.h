@@ -102,6 +102,44 @@ flora_status flora_tucker_reconstruct_backward(const flora_view *d_core, const f
                                                const flora_view *const factors[], int order, double scale,
                                                char error[FLORA_ERROR_SIZE]);
 
+/* ΔW = scale · B ⊗ A (m·p, n·q), with a (p, q) and b (m, n): SURM (arXiv 2406.17740), the Kronecker update.
+ * y (rows, m·p) += x (rows, n·q) · ΔWᵀ, applied without forming it.
+ * h (rows, n·p), written if not NULL: x as (rows, n, q) times aᵀ. */
+flora_status flora_kronecker_forward(const flora_view *y, const flora_view *h, const flora_view *x, const flora_view *a,
+                                     const flora_view *b, double scale, char error[FLORA_ERROR_SIZE]);
+
+/* With x, y and h as (rows, n, q), (rows, m, p) and (rows, n, p), and dh = scale · bᵀ · dy for each row:
+ *   dx += dh · a        d_a (p, q) = sum over rows of dhᵀ · x        d_b (m, n) = scale · sum over rows of dy · hᵀ
+ * Any output may be NULL. h NULL: it is computed from x. x NULL: only if neither d_a nor a missing h needs it. */
+flora_status flora_kronecker_backward(const flora_view *dx, const flora_view *d_a, const flora_view *d_b,
+                                      const flora_view *dy, const flora_view *x, const flora_view *h,
+                                      const flora_view *a, const flora_view *b, double scale,
+                                      char error[FLORA_ERROR_SIZE]);
+
+/* out (m·p, n·q) = weight (m·p, n·q) + scale · b ⊗ a; weight NULL: zero. out has unit stride in one of its modes; out
+ * and weight may be the same view. */
+flora_status flora_kronecker_reconstruct(const flora_view *out, const flora_view *weight, const flora_view *a,
+                                         const flora_view *b, double scale, char error[FLORA_ERROR_SIZE]);
+
+/* The adjoint, for d_weight as (m, p, n, q):
+ *   d_a (p, q) = scale · sum over m and n of b · d_weight        d_b (m, n) = scale · sum over p and q of a · d_weight
+ * Either output may be NULL. */
+flora_status flora_kronecker_reconstruct_backward(const flora_view *d_a, const flora_view *d_b,
+                                                  const flora_view *d_weight, const flora_view *a, const flora_view *b,
+                                                  double scale, char error[FLORA_ERROR_SIZE]);
+
+/* out (d_out, width, *k) = weight · (1 + scale · row (d_out) · column (width)), the column along the second mode; a
+ * vector that is NULL is ones. Any strides; out and weight may be the same view.
+ * RLRR (arXiv 2403.19067), W + W ⊙ (row · column). */
+flora_status flora_rescale_reconstruct(const flora_view *out, const flora_view *weight, const flora_view *row,
+                                       const flora_view *column, double scale, char error[FLORA_ERROR_SIZE]);
+
+/* The adjoint: d_row = scale · sum of d_weight ⊙ weight · column over all modes but the first, and d_column = scale ·
+ * sum of d_weight ⊙ weight · row over all but the second. Either may be NULL. d_weight is of weight's type or of C. */
+flora_status flora_rescale_backward(const flora_view *d_row, const flora_view *d_column, const flora_view *d_weight,
+                                    const flora_view *weight, const flora_view *row, const flora_view *column,
+                                    double scale, char error[FLORA_ERROR_SIZE]);
+
 /* out (n), unit stride: sets every element to zero with this probability; which ones depends on the seed alone. */
 flora_status flora_drop(const flora_view *out, double probability, uint64_t seed, char error[FLORA_ERROR_SIZE]);
 

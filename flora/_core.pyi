@@ -92,6 +92,36 @@ def tucker_reconstruct_backward(
     scale: float,
     /,
 ) -> None: ...
+def kronecker_forward(y: _Array, h: _Array | None, x: _Array, a: _Array, b: _Array, scale: float, /) -> None: ...
+def kronecker_backward(
+    dx: _Array | None,
+    d_a: _Array | None,
+    d_b: _Array | None,
+    dy: _Array,
+    x: _Array | None,
+    h: _Array | None,
+    a: _Array,
+    b: _Array,
+    scale: float,
+    /,
+) -> None: ...
+def kronecker_reconstruct(out: _Array, weight: _Array | None, a: _Array, b: _Array, scale: float, /) -> None: ...
+def kronecker_reconstruct_backward(
+    d_a: _Array | None, d_b: _Array | None, d_weight: _Array, a: _Array, b: _Array, scale: float, /
+) -> None: ...
+def rescale_reconstruct(
+    out: _Array, weight: _Array, row: _Array | None, column: _Array | None, scale: float, /
+) -> None: ...
+def rescale_backward(
+    d_row: _Array | None,
+    d_column: _Array | None,
+    d_weight: _Array,
+    weight: _Array,
+    row: _Array | None,
+    column: _Array | None,
+    scale: float,
+    /,
+) -> None: ...
 def drop(out: _Array, probability: float, seed: int, /) -> None: ...
 def takes(x: object, weight: object, bias: object, parameters: tuple[object, ...], /) -> bool: ...
 def info() -> _Info: ...

@@ -31,6 +31,7 @@ GUARD = 7.25
 DIMS = st.sampled_from((0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65))  # around the widths of vectors
 RANKS = DIMS.filter(bool)
 SMALL = st.integers(1, 3)
+FEW = st.sampled_from((0, 1, 2, 3, 5, 8, 16, 17, 33))
 ROUNDINGS = 6  # of y or dx, the longest ways: a factor, its product, the core, its product, a factor, the result
 
 # Cases ---------------------------------------------------------------------------------------------------------------
@@ -297,6 +298,83 @@ def reconstruct_backward(case, *dims):
     a["d_factors"] = factor_gradients(case)
 
 
+def kronecker(case, sizes):
+    """A and B; gives their extents p, q, m and n."""
+    p, q, m, n = sizes or [case.draw(FEW) for _ in range(4)]
+    a = case.arguments
+    a["a"], a["b"], a["scale"] = case.input(p, q), case.input(m, n), case.scale()
+    return p, q, m, n
+
+
+def kronecker_forward(case, rows=None, *sizes):
+    rows = case.draw(DIMS) if rows is None else rows
+    p, q, m, n = kronecker(case, sizes)
+    a = case.arguments
+    a["x"] = case.input(rows, n * q, dtype=case.dtype)
+    a["y"] = case.output("y", rows, m * p, dtype=case.dtype, update=True)
+    a["h"] = case.output("h", rows, n * p) if case.flip() else None
+
+
+def kronecker_backward(case, rows=None, *sizes):
+    rows = case.draw(DIMS) if rows is None else rows
+    p, q, m, n = kronecker(case, sizes)
+    a = case.arguments
+    a["x"] = case.input(rows, n * q, dtype=case.dtype)
+    a["dy"] = case.input(rows, m * p, dtype=case.dtype)
+    for name in ("a", "b"):
+        a[f"d_{name}"] = case.output(f"d_{name}", *a[name].shape) if case.flip() else None
+    projected = (a["x"].double().unflatten(-1, (n, q)) @ a["a"].double().mT).flatten(1)
+    input_gradients(case, projected, a["d_a"] is None)
+
+
+def weight_of(case, *dims):
+    """out, and the weight: out itself, another array or, where it may be left out, None."""
+    same = case.draw is not None and case.flip()
+    case.arguments["out"] = out = case.output("out", *dims, dtype=case.dtype, update=same)
+    case.arguments["weight"] = out if same else case.input(*dims, dtype=case.dtype)
+    return same
+
+
+def kronecker_reconstruct(case, *sizes):
+    p, q, m, n = kronecker(case, sizes)
+    if not weight_of(case, m * p, n * q) and not case.flip():
+        case.arguments["weight"] = None
+
+
+def kronecker_reconstruct_backward(case, *sizes):
+    p, q, m, n = kronecker(case, sizes)
+    a = case.arguments
+    a["d_weight"] = case.input(m * p, n * q, dtype=case.dtype)
+    for name in ("a", "b"):
+        a[f"d_{name}"] = case.output(f"d_{name}", *a[name].shape) if case.flip() else None
+
+
+def rescale(case, dims):
+    """Row and column; gives the extents of the weight."""
+    if not dims:
+        order = case.draw(st.integers(2, 5))
+        dims = case.draw(st.tuples(*[DIMS if order <= 2 else st.integers(0, 9 if order == 3 else 4)] * order))
+    a = case.arguments
+    a["row"] = case.input(dims[0]) if case.flip() else None
+    a["column"] = case.input(dims[1]) if case.flip() else None
+    a["scale"] = case.scale()
+    return dims
+
+
+def rescale_reconstruct(case, *dims):
+    weight_of(case, *rescale(case, dims))
+
+
+def rescale_backward(case, *dims):
+    dims = rescale(case, dims)
+    a = case.arguments
+    a["weight"] = case.input(*dims, dtype=case.dtype)
+    a["d_weight"] = case.input(*dims, dtype=case.dtype if case.flip() else case.real)
+    for name in ("row", "column"):
+        wanted = a[name] is not None and case.flip()
+        a[f"d_{name}"] = case.output(f"d_{name}", *a[name].shape) if wanted else None
+
+
 def drop(case, n=None):
     n = case.draw(st.integers(0, 70)) if n is None else n
     case.output("out", n, dtype=case.dtype, update=True)
@@ -314,6 +392,12 @@ BUILDERS = {
     "conv_weight_gradient": weight_gradient,
     "tucker_reconstruct": reconstruct,
     "tucker_reconstruct_backward": reconstruct_backward,
+    "kronecker_forward": kronecker_forward,
+    "kronecker_backward": kronecker_backward,
+    "kronecker_reconstruct": kronecker_reconstruct,
+    "kronecker_reconstruct_backward": kronecker_reconstruct_backward,
+    "rescale_reconstruct": rescale_reconstruct,
+    "rescale_backward": rescale_backward,
 }
 
 # Large enough that every function uses more than one thread; odd sizes leave remainders everywhere.
@@ -330,8 +414,14 @@ LARGE = [
     *(("conv_weight_gradient", sizes) for sizes in (LARGE_DEPTHWISE, LARGE_GROUPS)),
     *(("tucker_reconstruct", dims) for dims in ((517, 301), (131, 77, 3, 5))),
     *(("tucker_reconstruct_backward", dims) for dims in ((517, 301), (131, 77, 3, 5))),
+    *(("kronecker_forward", sizes) for sizes in ((517, 32, 9, 11, 16), (301, 7, 21, 19, 13))),
+    *(("kronecker_backward", sizes) for sizes in ((517, 32, 9, 11, 16), (301, 7, 21, 19, 13))),
+    *(("kronecker_reconstruct", sizes) for sizes in ((32, 41, 37, 32), (7, 21, 190, 43))),
+    *(("kronecker_reconstruct_backward", sizes) for sizes in ((32, 41, 37, 32), (7, 21, 190, 43))),
+    *(("rescale_reconstruct", dims) for dims in ((1033, 1029), (131, 177, 7, 7))),
+    *(("rescale_backward", dims) for dims in ((1033, 1029), (131, 177, 7, 7))),
 ]
-SUMS_OVER_ROWS = ("d_u_in", "d_core", "d_u_out", "d_factors", "d_weight")
+SUMS_OVER_ROWS = ("d_u_in", "d_core", "d_u_out", "d_factors", "d_weight", "d_a", "d_b", "d_row", "d_column")
 
 # Tests ---------------------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,9 @@
 /* The kernel table: what an instruction set offers to the operations in tucker_*.c.
  *
- * There is one multiplication, `gemm`, and a few copies around it. Every product of a Tucker update (projections, small
- * convolutions, their gradients, mode products) is that one, with other strides. Only the weight gradient of a grouped
- * convolution, which has no product in it, has a body of its own, `tap_sums`.
+ * There is one multiplication, `gemm`, and a few copies around it. Every product of a Tucker or Kronecker update
+ * (projections, small convolutions, their gradients, mode products) is that one, with other strides. What has no
+ * product in it has a body of its own: the weight gradient of a grouped convolution (`tap_sums`), and the passes over a
+ * weight or its gradient that meet every element a time or two (`kronecker_sums`, `rescale`, `rescale_sums`).
  *
  * Here "act" is the activation type (float, double, or bfloat16 and float16 as 16 raw bits) and "real" the compute type
  * (double for double, else float). Kernels allocate nothing, know no threads, and check nothing.
@@ -44,6 +45,32 @@ typedef struct {
     void *sums;
 } flora_tap_sums;
 
+/* With d (rows, n, q), rows of d_row reals and neither padding nor gaps within one:
+ *     d_a (rows, q) += sum over i of b (i) · d (rows, i, q)
+ *     d_b (n, lanes) += sums of d (t, i, j) · a (t, j), where adding up the lanes is left to the caller
+ *
+ * All real. a and d_a have rows of a_row reals; they, and d_b, are scratch up to the next multiple of the vector width,
+ * where a is zero. */
+typedef struct {
+    int64_t rows, n, q;
+    const void *d, *a, *b;
+    int64_t d_row, a_row;
+    void *d_a, *d_b;
+} flora_kronecker_sums;
+
+/* With g (line, j) = d_weight (line, j) · weight (line, j), both act and of unit stride along j < n:
+ *     across_sums (line) += sum over j of g · along (j)
+ *     along_sums (j) += sum over lines of g · across (line)
+ *
+ * The vectors are real; along and along_sums are scratch up to the next multiple of the vector width. */
+typedef struct {
+    int64_t lines, n;
+    const void *d_weight, *weight;
+    int64_t d_weight_line, weight_line;
+    const void *along, *across;
+    void *along_sums, *across_sums;
+} flora_rescale_sums;
+
 typedef struct {
     size_t act_size, real_size; /* bytes */
     int64_t lanes;              /* reals in a vector: rows of packed matrices are padded to a multiple of it */
@@ -68,6 +95,12 @@ typedef struct {
     /* to (n) real += from (n) real */
     void (*add)(void *to, const void *from, int64_t n);
     void (*tap_sums)(const flora_tap_sums *sums);
+    void (*kronecker_sums)(const flora_kronecker_sums *sums);
+    /* out (n) act = weight (n) act · (1 + factor · along (n) real), any steps; along is scratch up to the next multiple
+     * of the vector width */
+    void (*rescale)(void *out, int64_t out_step, const void *weight, int64_t weight_step, const void *along,
+                    double factor, int64_t n);
+    void (*rescale_sums)(const flora_rescale_sums *sums);
 } flora_kernels;
 
 /* One table an instruction set, indexed by flora_dtype. */

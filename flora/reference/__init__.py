@@ -7,6 +7,15 @@ subclasses, ``torch.func``, double backward.
 
 from flora.reference.conv import conv_weight_gradient, pad_input
 from flora.reference.dropout import drop
+from flora.reference.kronecker import (
+    kronecker_backward,
+    kronecker_delta,
+    kronecker_forward,
+    kronecker_reconstruct,
+    kronecker_reconstruct_backward,
+    kronecker_update,
+)
+from flora.reference.rescale import rescale_backward, rescale_delta, rescale_reconstruct
 from flora.reference.tucker import (
     conv_finish,
     conv_project,
@@ -28,10 +37,19 @@ __all__ = [
     "conv_update",
     "conv_weight_gradient",
     "drop",
+    "kronecker_backward",
+    "kronecker_delta",
+    "kronecker_forward",
+    "kronecker_reconstruct",
+    "kronecker_reconstruct_backward",
+    "kronecker_update",
     "linear_update",
     "mode_product",
     "pad_input",
     "reconstruct",
+    "rescale_backward",
+    "rescale_delta",
+    "rescale_reconstruct",
     "tucker_conv_backward",
     "tucker_conv_forward",
     "tucker_linear_backward",
