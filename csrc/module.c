@@ -91,7 +91,8 @@ static int module_exec(PyObject *module) {
     flora_boundary *boundary = &((module_state *)PyModule_GetState(module))->boundary;
     if (flora_boundary_init(boundary) < 0)
         return -1;
-    if (PyModule_AddFunctions(module, flora_tucker_methods) < 0)
+    if (PyModule_AddFunctions(module, flora_tucker_methods) < 0 ||
+        PyModule_AddFunctions(module, flora_toeplitz_methods) < 0)
         return -1;
     return PyModule_AddObjectRef(module, "ArrayError", boundary->array_error);
 }

@@ -37,6 +37,8 @@
 #include "gemm.inc.h"
 #include "move.inc.h"
 #include "taps.inc.h"
+#include "spectra.inc.h"
+#include "slide.inc.h"
 #undef act
 #undef ACT_NAME
 
@@ -45,12 +47,14 @@
 #define act uint16_t
 #include "gemm.inc.h"
 #include "widen.inc.h"
+#include "slide.inc.h"
 #undef ACT_NAME
 
 /* float16 */
 #define ACT_NAME f16
 #include "gemm.inc.h"
 #include "widen.inc.h"
+#include "slide.inc.h"
 #undef act
 #undef real
 #undef vec
@@ -68,6 +72,8 @@
 #include "gemm.inc.h"
 #include "move.inc.h"
 #include "taps.inc.h"
+#include "spectra.inc.h"
+#include "slide.inc.h"
 #undef act
 #undef real
 #undef vec
@@ -80,11 +86,15 @@
 /* In the order of flora_dtype. */
 const flora_kernels PASTE2(flora_kernels, FLORA_ISA)[4] = {
     {4, 4, F32_LANES, SYMBOL(gemm, f32), SYMBOL(gemm, f32), SYMBOL(copy, f32), SYMBOL(copy, f32), SYMBOL(pack, f32),
-     SYMBOL(transpose, f32), SYMBOL(sum, f32), SYMBOL(add, f32), SYMBOL(tap_sums, f32)},
+     SYMBOL(transpose, f32), SYMBOL(sum, f32), SYMBOL(add, f32), SYMBOL(tap_sums, f32), SYMBOL(slide, f32),
+     &SYMBOL(spectra, f32)},
     {8, 8, F64_LANES, SYMBOL(gemm, f64), SYMBOL(gemm, f64), SYMBOL(copy, f64), SYMBOL(copy, f64), SYMBOL(pack, f64),
-     SYMBOL(transpose, f64), SYMBOL(sum, f64), SYMBOL(add, f64), SYMBOL(tap_sums, f64)},
+     SYMBOL(transpose, f64), SYMBOL(sum, f64), SYMBOL(add, f64), SYMBOL(tap_sums, f64), SYMBOL(slide, f64),
+     &SYMBOL(spectra, f64)},
     {2, 4, F32_LANES, SYMBOL(gemm, f32), SYMBOL(gemm, bf16), SYMBOL(widen, bf16), SYMBOL(copy, f32), SYMBOL(pack, f32),
-     SYMBOL(transpose, f32), SYMBOL(sum, f32), SYMBOL(add, f32), SYMBOL(tap_sums, f32)},
+     SYMBOL(transpose, f32), SYMBOL(sum, f32), SYMBOL(add, f32), SYMBOL(tap_sums, f32), SYMBOL(slide, bf16),
+     &SYMBOL(spectra, f32)},
     {2, 4, F32_LANES, SYMBOL(gemm, f32), SYMBOL(gemm, f16), SYMBOL(widen, f16), SYMBOL(copy, f32), SYMBOL(pack, f32),
-     SYMBOL(transpose, f32), SYMBOL(sum, f32), SYMBOL(add, f32), SYMBOL(tap_sums, f32)},
+     SYMBOL(transpose, f32), SYMBOL(sum, f32), SYMBOL(add, f32), SYMBOL(tap_sums, f32), SYMBOL(slide, f16),
+     &SYMBOL(spectra, f32)},
 };

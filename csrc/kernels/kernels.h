@@ -10,6 +10,8 @@
 #ifndef FLORA_KERNELS_H
 #define FLORA_KERNELS_H
 
+#include "spectra.h"
+
 #include <stddef.h>
 #include <stdint.h>
 
@@ -68,6 +70,9 @@ typedef struct {
     /* to (n) real += from (n) real */
     void (*add)(void *to, const void *from, int64_t n);
     void (*tap_sums)(const flora_tap_sums *sums);
+
+    void (*slide)(const flora_slide *s);
+    const flora_spectra *spectra; /* of the compute type */
 } flora_kernels;
 
 /* One table an instruction set, indexed by flora_dtype. */

@@ -7,6 +7,14 @@ subclasses, ``torch.func``, double backward.
 
 from flora.reference.conv import conv_weight_gradient, pad_input
 from flora.reference.dropout import drop
+from flora.reference.toeplitz import (
+    toeplitz,
+    toeplitz_backward,
+    toeplitz_delta,
+    toeplitz_forward,
+    toeplitz_reconstruct,
+    toeplitz_reconstruct_backward,
+)
 from flora.reference.tucker import (
     conv_finish,
     conv_project,
@@ -32,6 +40,12 @@ __all__ = [
     "mode_product",
     "pad_input",
     "reconstruct",
+    "toeplitz",
+    "toeplitz_backward",
+    "toeplitz_delta",
+    "toeplitz_forward",
+    "toeplitz_reconstruct",
+    "toeplitz_reconstruct_backward",
     "tucker_conv_backward",
     "tucker_conv_forward",
     "tucker_linear_backward",
