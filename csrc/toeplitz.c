@@ -21,7 +21,8 @@
 enum {
     BLOCK = 256,  /* rows, about: rounding errors add up over so many steps */
     PANEL = 1024, /* columns, at most */
-    PIECE = 256   /* columns of first rows that a task computes */
+    PIECE = 256,  /* columns of first rows that a task computes */
+    PARTS = 8     /* rows of the products that first rows need backward */
 };
 
 /* Checks ----------------------------------------------------------------------------------------------------------- */
@@ -85,14 +86,20 @@ typedef struct {
     const char *weight;
     int64_t out_row, weight_row, out_column, weight_column;
     flora_scratch scratch;
-    size_t
-        diagonals; /* forward: (panels, blocks, reach); backward: those of one block, between `inner` zeros, a chunk */
-    size_t row_rooms; /* backward: a row of d_weight a chunk */
-    int64_t diagonals_size;
+    size_t diagonals; /* forward: (panels, blocks, reach) */
+
+    int64_t part, sums_row;       /* backward */
+    size_t rooms;                 /* of each chunk: */
+    size_t d_row, reversed, sums; /* a row of d_weight; the diagonals, and in reverse, between `part` zeros; sums */
+    int64_t room_size;
 } problem;
 
 static void *at(const problem *p, size_t offset, int64_t n) {
     return p->scratch.base + offset + n * (int64_t)p->kernels->real_size;
+}
+
+static void *in_room(const problem *p, int chunk, size_t offset, int64_t n) {
+    return at(p, p->rooms + (size_t)(chunk * p->room_size) + offset, n);
 }
 
 static void *term_of(const problem *p, const sequence *s, size_t offset, int64_t term, int64_t n) {
@@ -103,10 +110,10 @@ static void *term_of(const problem *p, const sequence *s, size_t offset, int64_t
 static void cut(problem *p) {
     p->blocks = p->rows <= 64 ? 1 : 2 * ((p->rows + 2 * BLOCK - 1) / (2 * BLOCK));
     p->block = (p->rows + p->blocks - 1) / p->blocks;
-    p->blocks = (p->rows + p->block - 1) / p->block;
-    p->panels = (p->columns + PANEL - 1) / PANEL;
+    p->blocks = (p->rows + p->block - 1) / flora_max(1, p->block);
+    p->panels = flora_max(1, (p->columns + PANEL - 1) / PANEL);
     p->panel = (p->columns + p->panels - 1) / p->panels;
-    p->panels = (p->columns + p->panel - 1) / p->panel;
+    p->panels = (p->columns + p->panel - 1) / flora_max(1, p->panel);
     p->lead = flora_round_up(p->block, p->kernels->lanes) + p->kernels->lanes;
     p->reach = p->lead + flora_round_up(p->panel, p->kernels->lanes) + p->kernels->lanes;
 }
@@ -133,7 +140,7 @@ static void plan(problem *p, const flora_toeplitz *t, const flora_view *view) {
     sequence *const sequences[] = {&p->lines, &p->across};
     for (int i = 0; i < 2; i++) {
         sequence *s = sequences[i];
-        s->before = i && !single ? p->lead : 0;
+        s->before = single ? 0 : i ? p->lead + p->kernels->lanes : p->kernels->lanes;
         s->width = flora_round_up(s->before + s->length, p->kernels->lanes) + 2 * p->kernels->lanes;
         s->width += i && !single ? p->reach : 0;
         s->numbers = flora_reserve(&p->scratch, flora_max(1, t->terms), s->width, 1, p->kernels->real_size);
@@ -151,8 +158,9 @@ static void load(const problem *p, const sequence *s, double scale, int64_t term
     }
 }
 
-/* The first row of a block and panel, for a single matrix among the diagonals themselves. */
-static void *first_row(const problem *p, int64_t block, int64_t panel) {
+/* The row before a block's first, a panel of it from the column before on; for a single matrix the first row itself,
+ * which is among its diagonals. */
+static void *before_first(const problem *p, int64_t block, int64_t panel) {
     if (p->terms == 0)
         return term_of(p, &p->across, p->across.numbers, 0, p->rows - 1 - block * p->block + panel * p->panel);
     return at(p, p->diagonals, (panel * p->blocks + block) * p->reach + p->lead);
@@ -160,7 +168,7 @@ static void *first_row(const problem *p, int64_t block, int64_t panel) {
 
 /* Forward ---------------------------------------------------------------------------------------------------------- */
 
-/* diagonals (panel, blocks, piece) = Σ over terms and m of lines[block's first row + m] · across[column + m] */
+/* diagonals (panel, blocks, piece) = Σ over terms and m of lines[row before + m] · across[column before + m] */
 static void first_chunk(int chunk, void *problem_) {
     const problem *p = problem_;
     const int64_t pieces = (p->reach + PIECE - 1) / PIECE, tasks = p->panels * pieces;
@@ -173,21 +181,21 @@ static void first_chunk(int chunk, void *problem_) {
             const int64_t taps = flora_min(16, p->terms - term);
             for (int64_t t = 0; t < taps; t++)
                 a_taps[t] = t * p->lines.width, b_taps[t] = t * p->across.width;
-            p->kernels->gemm(
-                &(flora_gemm){.m = p->blocks,
-                              .n = flora_min(PIECE, p->reach - piece),
-                              .k = p->inner,
-                              .a = term_of(p, &p->lines, p->lines.numbers, term, 0),
-                              .a_m = p->block,
-                              .a_k = 1,
-                              .b = term_of(p, &p->across, p->across.numbers, term, panel * p->panel + piece - p->lead),
-                              .b_k = 1,
-                              .taps = taps,
-                              .a_taps = a_taps,
-                              .b_taps = b_taps,
-                              .c_in = term ? to : NULL,
-                              .c = to,
-                              .c_m = p->reach});
+            p->kernels->gemm(&(flora_gemm){
+                .m = p->blocks,
+                .n = flora_min(PIECE, p->reach - piece),
+                .k = p->inner,
+                .a = term_of(p, &p->lines, p->lines.numbers, term, -1),
+                .a_m = p->block,
+                .a_k = 1,
+                .b = term_of(p, &p->across, p->across.numbers, term, panel * p->panel + piece - p->lead - 1),
+                .b_k = 1,
+                .taps = taps,
+                .a_taps = a_taps,
+                .b_taps = b_taps,
+                .c_in = term ? to : NULL,
+                .c = to,
+                .c_m = p->reach});
         }
     }
 }
@@ -207,14 +215,18 @@ static void slide_chunk(int chunk, void *problem_) {
                              .right = term_of(p, &p->across, p->across.numbers, 0, column),
                              .left_term = p->lines.width,
                              .right_term = p->across.width,
-                             .diagonals = first_row(p, block, panel),
+                             .diagonals = before_first(p, block, panel),
                              .out = p->out + (row * p->out_row + column) * size,
                              .out_row = p->out_row,
                              .weight_row = p->weight_row};
-        if (p->weight != NULL)
+        if (p->weight != NULL) {
             slide.weight = p->weight + (row * p->weight_row + column) * size;
-        if (slide.rows > 0 && slide.columns > 0)
-            p->kernels->slide(&slide);
+        } else {
+            slide.weight = slide.out, slide.weight_row = slide.out_row;
+            for (int64_t i = 0; i < slide.rows; i++)
+                memset((char *)slide.out + i * slide.out_row * size, 0, (size_t)(slide.columns * size));
+        }
+        p->kernels->slide(&slide);
     }
 }
 
@@ -292,31 +304,40 @@ static void *gradient_of(const problem *p, const sequence *s, int chunk, int64_t
     return term_of(p, s, s->gradients, chunk * flora_max(1, p->terms) + term, n);
 }
 
-/* The gradients of what a block's first row was computed from: c (n) += Σ_k a[k] · b[k], two of a kind. */
+/* The gradients of what the row before a block's first was computed from, u being that of the row:
+ *     d_line[m] += Σ_x u[x] · across[x + m] and d_across[x + m] += u[x] · line[m], m < inner, x < reach.
+ * Written as products with PARTS rows, which share what they load: of d_line, and of line. */
 static void first_row_back(const problem *p, int chunk, int64_t row, int64_t column, const void *u) {
+    const flora_kernels *k = p->kernels;
+    const int64_t part = p->part, width = p->reach + part - 1, real = (int64_t)k->real_size;
+    void *reversed = in_room(p, chunk, p->reversed, part), *sums = in_room(p, chunk, p->sums, 0);
+    k->copy(reversed, 0, (const char *)u + (p->reach - 1) * real, 0, -1, 1, p->reach);
     for (int64_t term = 0; term < p->terms; term++) {
-        void *d_line = gradient_of(p, &p->lines, chunk, term, row);
-        void *d_across = gradient_of(p, &p->across, chunk, term, column - p->lead);
-        p->kernels->gemm(&(flora_gemm){.m = 1,
-                                       .n = p->inner,
-                                       .k = p->reach,
-                                       .a = u,
-                                       .a_k = 1,
-                                       .b = term_of(p, &p->across, p->across.numbers, term, column - p->lead),
-                                       .b_k = 1,
-                                       .taps = 1,
-                                       .c_in = d_line,
-                                       .c = d_line});
-        p->kernels->gemm(&(flora_gemm){.m = 1,
-                                       .n = p->reach + p->inner - 1,
-                                       .k = p->inner,
-                                       .a = term_of(p, &p->lines, p->lines.numbers, term, row),
-                                       .a_k = 1,
-                                       .b = u,
-                                       .b_k = -1,
-                                       .taps = 1,
-                                       .c_in = d_across,
-                                       .c = d_across});
+        char *d_line = gradient_of(p, &p->lines, chunk, term, row);
+        char *d_across = gradient_of(p, &p->across, chunk, term, column);
+        const void *line = term_of(p, &p->lines, p->lines.numbers, term, row);
+        flora_gemm g = {.m = PARTS, .n = part, .k = width, .taps = 1, .c = sums, .c_m = p->sums_row};
+        g.a = term_of(p, &p->across, p->across.numbers, term, column), g.a_m = part, g.a_k = 1;
+        g.b = (char *)reversed + (p->reach - 1) * real, g.b_k = -1;
+        k->gemm(&g);
+        for (int64_t m = 0; m < p->inner; m += part)
+            k->add(d_line + m * real, (char *)sums + m / part * p->sums_row * real, flora_min(part, p->inner - m));
+
+        g.n = width, g.k = part;
+        g.a = line;
+        g.b = u;
+        g.m = p->inner / part;
+        k->gemm(&g);
+        for (int64_t m = 0; m < g.m; m++)
+            k->add(d_across + m * part * real, (char *)sums + m * p->sums_row * real, width);
+        if (g.m * part == p->inner)
+            continue;
+        g.k = p->inner - g.m * part;
+        g.a = (const char *)line + g.m * part * real;
+        g.c = d_across + g.m * part * real;
+        g.c_in = g.c;
+        g.m = 1;
+        k->gemm(&g);
     }
 }
 
@@ -332,8 +353,8 @@ static void slide_back_chunk(int chunk, void *problem_) {
          task < flora_chunk_begin(tasks, chunk + 1, p->chunks); task++) {
         const int64_t first = task / p->panels * p->block, column = task % p->panels * p->panel;
         const int64_t columns = flora_min(p->panel, p->columns - column);
-        void *room = at(p, p->row_rooms, chunk * flora_round_up(p->panel, k->lanes));
-        char *u = at(p, p->diagonals, chunk * p->diagonals_size + p->inner);
+        void *room = in_room(p, chunk, p->d_row, 0);
+        char *u = in_room(p, chunk, p->diagonals, p->part);
         flora_slide_back step = {.rows = flora_min(p->block, p->rows - first),
                                  .columns = columns,
                                  .terms = p->terms,
@@ -341,7 +362,7 @@ static void slide_back_chunk(int chunk, void *problem_) {
                                  .left_term = p->lines.width,
                                  .right_term = p->across.width};
         if (p->terms > 0) {
-            memset(at(p, p->diagonals, chunk * p->diagonals_size), 0, (size_t)p->diagonals_size * k->real_size);
+            memset(in_room(p, chunk, 0, 0), 0, (size_t)p->room_size);
             step.diagonals = u + p->lead * (int64_t)k->real_size;
             step.left = term_of(p, &p->lines, p->lines.numbers, 0, first);
             step.right = term_of(p, &p->across, p->across.numbers, 0, column);
@@ -360,7 +381,7 @@ static void slide_back_chunk(int chunk, void *problem_) {
             p->kernels->spectra->slide_back(&step);
         }
         if (p->terms > 0)
-            first_row_back(p, chunk, first, column, u);
+            first_row_back(p, chunk, first - 1, column - p->lead - 1, u);
     }
 }
 
@@ -397,16 +418,22 @@ flora_status flora_toeplitz_reconstruct_backward(const flora_view *d_left, const
     p.weight = d_weight->data;
     p.weight_row = d_weight->strides[p.transposed];
     p.weight_column = p.columns > 1 ? d_weight->strides[!p.transposed] : 1;
+    const size_t real = p.kernels->real_size;
     const int64_t tasks = p.columns ? p.blocks * p.panels : 0;
     p.chunks = flora_chunks(tasks, (double)p.rows * (double)p.columns * (8.0 * (double)p.terms + 4.0));
-    p.diagonals_size = p.terms ? flora_round_up(p.reach + 2 * p.inner, p.kernels->lanes) : 0;
-    p.diagonals = flora_reserve(&p.scratch, p.chunks, p.diagonals_size, 1, p.kernels->real_size);
-    p.row_rooms =
-        flora_reserve(&p.scratch, p.chunks, flora_round_up(p.panel, p.kernels->lanes), 1, p.kernels->real_size);
+    flora_scratch room = {.size = 0};
+    p.part = (p.inner + PARTS - 1) / PARTS;
+    p.sums_row = flora_round_up(p.reach + p.part, p.kernels->lanes);
+    p.d_row = flora_reserve(&room, p.panel, 1, 1, real);
+    p.diagonals = flora_reserve(&room, p.terms ? p.reach + 2 * p.part : 0, 1, 1, real);
+    p.reversed = flora_reserve(&room, p.terms ? p.reach + 2 * p.part : 0, 1, 1, real);
+    p.sums = flora_reserve(&room, p.terms ? PARTS : 0, p.sums_row, 1, real);
+    p.room_size = (int64_t)room.size;
+    p.rooms = flora_reserve(&p.scratch, p.chunks, p.room_size, 1, 1);
+    p.scratch.overflow |= room.overflow;
     sequence *const sequences[] = {&p.lines, &p.across};
     for (int i = 0; i < 2; i++)
-        sequences[i]->gradients =
-            flora_reserve(&p.scratch, p.chunks, flora_max(1, p.terms), sequences[i]->width, p.kernels->real_size);
+        sequences[i]->gradients = flora_reserve(&p.scratch, p.chunks, flora_max(1, p.terms), sequences[i]->width, real);
     if ((status = flora_allocate(&p.scratch, error)) != FLORA_OK)
         return status;
     if (p.terms > 0) {

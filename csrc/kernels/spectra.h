@@ -35,7 +35,7 @@ typedef struct {
         *right; /* real: l_t[first row] and r_t[first column]; all are readable `rows` + a vector before */
     int64_t left_term, right_term;
     void *diagonals;    /* real: the product's first row, which goes on to the left for `rows` + a vector */
-    const void *weight; /* act; NULL: zero */
+    const void *weight; /* act */
     void *out;          /* act; may be weight */
     int64_t weight_row, out_row;
 } flora_slide;

@@ -401,8 +401,6 @@ static void NAME(slide_back)(const flora_slide_back *s) {
     const real *d_row = s->d_row;
     for (int64_t j = 0; j < s->columns; j++)
         u[j] += d_row[j];
-    if (s->row == 0)
-        return;
     const int64_t ahead = s->rows - 1 - s->row;
     for (int64_t term = 0; term < s->terms; term++) {
         const real *out_l = (const real *)s->left + term * s->left_term + s->row - 1, *in_l = out_l + s->inner;
