@@ -58,6 +58,7 @@ core = Extension(
     depends=["setup.py", *glob("csrc/**/*.h", recursive=True)],
     include_dirs=["csrc", numpy.get_include()],
     define_macros=[] if FREE_THREADED else [("Py_LIMITED_API", "0x030B0000")],
+    libraries=["m"] if os.name == "posix" else [],
     extra_link_args=LINK_FLAGS,
     py_limited_api=not FREE_THREADED,
 )

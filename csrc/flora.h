@@ -139,6 +139,32 @@ flora_status flora_rescale_reconstruct(const flora_view *out, const flora_view *
 flora_status flora_rescale_backward(const flora_view *d_row, const flora_view *d_column, const flora_view *d_weight,
                                     const flora_view *weight, const flora_view *row, const flora_view *column,
                                     double scale, char error[FLORA_ERROR_SIZE]);
+/* A Toeplitz matrix (rows, columns) is given by its diagonals t (rows + columns - 1): T[i, j] = t[i - j + columns - 1].
+ * ΔW (d_out, d_in) = scale · Σ_q L_q · R_q, L_q (d_out, inner) and R_q (inner, d_in) given by left (terms, d_out +
+ * inner
+ * - 1) and right (terms, inner + d_in - 1). right NULL: ΔW = scale · Σ_q L_q, left (terms, d_out + d_in - 1).
+ * Circulant, symmetric and skew-circulant matrices, and sums of products of them (SURM, arXiv 2406.17740), are cases.
+ */
+
+/* out (d_out, d_in) = weight (d_out, d_in) + ΔW. weight NULL: zero. out has unit stride in one of its modes, and may be
+ * weight. */
+flora_status flora_toeplitz_reconstruct(const flora_view *out, const flora_view *weight, const flora_view *left,
+                                        const flora_view *right, double scale, char error[FLORA_ERROR_SIZE]);
+
+/* The adjoint: d_left and d_right, each of which may be NULL, from d_weight (d_out, d_in). */
+flora_status flora_toeplitz_reconstruct_backward(const flora_view *d_left, const flora_view *d_right,
+                                                 const flora_view *d_weight, const flora_view *left,
+                                                 const flora_view *right, double scale, char error[FLORA_ERROR_SIZE]);
+
+/* y (rows, d_out) += x (rows, d_in) · ΔWᵀ, by transforms. y has unit stride along d_out. */
+flora_status flora_toeplitz_forward(const flora_view *y, const flora_view *x, const flora_view *left,
+                                    const flora_view *right, double scale, char error[FLORA_ERROR_SIZE]);
+
+/* dx (rows, d_in) += dy (rows, d_out) · ΔW, with unit stride along d_in; d_left and d_right are written. Any output may
+ * be NULL. x (rows, d_in) is needed for d_left and d_right. */
+flora_status flora_toeplitz_backward(const flora_view *dx, const flora_view *d_left, const flora_view *d_right,
+                                     const flora_view *dy, const flora_view *x, const flora_view *left,
+                                     const flora_view *right, double scale, char error[FLORA_ERROR_SIZE]);
 
 /* out (n), unit stride: sets every element to zero with this probability; which ones depends on the seed alone. */
 flora_status flora_drop(const flora_view *out, double probability, uint64_t seed, char error[FLORA_ERROR_SIZE]);

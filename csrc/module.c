@@ -91,7 +91,8 @@ static int module_exec(PyObject *module) {
     flora_boundary *boundary = &((module_state *)PyModule_GetState(module))->boundary;
     if (flora_boundary_init(boundary) < 0)
         return -1;
-    PyMethodDef *const families[] = {flora_tucker_methods, flora_kronecker_methods, flora_rescale_methods};
+    PyMethodDef *const families[] = {flora_tucker_methods, flora_toeplitz_methods, flora_kronecker_methods,
+                                     flora_rescale_methods};
     for (size_t i = 0; i < sizeof families / sizeof *families; i++)
         if (PyModule_AddFunctions(module, families[i]) < 0)
             return -1;

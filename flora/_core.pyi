@@ -122,6 +122,30 @@ def rescale_backward(
     scale: float,
     /,
 ) -> None: ...
+def toeplitz_reconstruct(
+    out: _Array, weight: _Array | None, left: _Array, right: _Array | None, scale: float, /
+) -> None: ...
+def toeplitz_reconstruct_backward(
+    d_left: _Array | None,
+    d_right: _Array | None,
+    d_weight: _Array,
+    left: _Array,
+    right: _Array | None,
+    scale: float,
+    /,
+) -> None: ...
+def toeplitz_forward(y: _Array, x: _Array, left: _Array, right: _Array | None, scale: float, /) -> None: ...
+def toeplitz_backward(
+    dx: _Array | None,
+    d_left: _Array | None,
+    d_right: _Array | None,
+    dy: _Array,
+    x: _Array | None,
+    left: _Array,
+    right: _Array | None,
+    scale: float,
+    /,
+) -> None: ...
 def drop(out: _Array, probability: float, seed: int, /) -> None: ...
 def takes(x: object, weight: object, bias: object, parameters: tuple[object, ...], /) -> bool: ...
 def info() -> _Info: ...

@@ -7,6 +7,7 @@ little from one to the next; ``python -m benchmarks.plans`` compares the model w
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
@@ -28,9 +29,11 @@ class Speeds(NamedTuple):
     """A flop in a grouped convolution, whose loops have little to share."""
     call: float
     """One more operation: a tensor allocated, a kernel started."""
+    transform: float
+    """A flop in a Fourier transform."""
 
 
-SPEEDS = Speeds(skinny=1.6, byte=6.0, grouped=6.0, call=2.0e5)
+SPEEDS = Speeds(skinny=1.6, byte=6.0, grouped=6.0, call=2.0e5, transform=4.0)
 
 
 def plan_costs(
@@ -95,3 +98,75 @@ def choose_plan(
     """The cheapest of the ``possible`` plans by `plan_costs`."""
     costs = plan_costs(shape, ranks, groups, pixels_in, pixels_out, itemsize, grad)
     return min(possible, key=costs.__getitem__)
+
+
+@lru_cache(maxsize=4096)
+def choose_toeplitz_plan(
+    d_out: int,
+    d_in: int,
+    terms: int,
+    rows: int,
+    itemsize: int,
+    grad: bool,
+    possible: tuple[str, ...],
+    speeds: Speeds = SPEEDS,
+) -> str:
+    """The cheapest plan for a sum of ``terms`` products of two Toeplitz matrices, 0 for a single matrix."""
+    costs = toeplitz_costs(d_out, d_in, terms, rows, itemsize, grad, speeds)
+    return min(possible, key=costs.__getitem__)
+
+
+def toeplitz_costs(
+    d_out: int, d_in: int, terms: int, rows: int, itemsize: int, grad: bool, speeds: Speeds = SPEEDS
+) -> dict[str, float]:
+    """As `plan_costs`, for Toeplitz matrices: transforms of rows, and an assembly of the weight along its diagonals."""
+    size, product = d_out * d_in, 2 * rows * d_out * d_in
+    length = d_out + d_in if terms == 0 else 2 * max(d_out, d_in)
+    transform = speeds.transform * 2.5 * length * math.log2(length) * rows
+    build = speeds.byte * itemsize * size * (2 + 2 * terms) + speeds.call
+    passes = speeds.byte * itemsize * rows * (d_in + 2 * d_out)
+    fused = (2 + 2 * terms) * transform + passes
+    hybrid = merged = build
+    if grad:
+        fused += (3 + 4 * terms) * transform + 2 * passes
+        hybrid += build + (2 + 4 * terms) * transform + passes
+        merged += 3 * build + product
+    return _with_narrow(fused, hybrid, merged, product, grad)
+
+
+@lru_cache(maxsize=4096)
+def choose_kronecker_plan(
+    a: tuple[int, int],
+    b: tuple[int, int],
+    rows: int,
+    itemsize: int,
+    grad: bool,
+    possible: tuple[str, ...],
+    speeds: Speeds = SPEEDS,
+) -> str:
+    """The cheapest plan for ΔW = B ⊗ A with A and B of these shapes."""
+    costs = kronecker_costs(a, b, rows, itemsize, grad, speeds)
+    return min(possible, key=costs.__getitem__)
+
+
+def kronecker_costs(
+    a: tuple[int, int], b: tuple[int, int], rows: int, itemsize: int, grad: bool, speeds: Speeds = SPEEDS
+) -> dict[str, float]:
+    """As `plan_costs`, for two small products a row."""
+    (p, q), (m, n) = a, b
+    d_out, d_in = m * p, n * q
+    size, product = d_out * d_in, 2 * rows * d_out * d_in
+    skinny = speeds.skinny * 2 * rows * (d_in * p + d_out * n)
+    build = speeds.byte * 2 * itemsize * size + speeds.call
+    passes = speeds.byte * itemsize * rows * (d_in + 2 * d_out)
+    fused = skinny + passes
+    hybrid = merged = build
+    if grad:
+        fused += 2 * skinny + 2 * passes
+        hybrid += build + 2 * skinny + passes
+        merged += 3 * build + product
+    return _with_narrow(fused, hybrid, merged, product, grad)
+
+
+def _with_narrow(fused: float, hybrid: float, merged: float, product: float, grad: bool) -> dict[str, float]:
+    return {"fused": fused, "hybrid": hybrid, "merged": merged, "separate": merged + (2 if grad else 1) * product}

@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from conftest import NATIVE_BFLOAT16, TOLERANCE
@@ -112,6 +113,10 @@ class Case:
         self.arguments = arguments | {"scale": abs(arguments.get("scale", 1.0))}
         magnitude = self.call(reference, lambda t: t.double().abs().clone(memory_format=torch.contiguous_format))
         self.arguments = arguments
+        if self.function.startswith("toeplitz"):  # transforms and sums along diagonals mix an array's numbers
+            magnitude = {
+                name: sums.amax().expand_as(sums) if sums.numel() else sums for name, sums in magnitude.items()
+            }
         return exact, magnitude
 
     def check(self):
@@ -280,7 +285,11 @@ def tucker(case, dims):
 
 
 def reconstruct(case, *dims):
-    dims = tucker(case, dims)
+    weight_and_out(case, *tucker(case, dims))
+
+
+def weight_and_out(case, *dims):
+    """A weight or none, and an output, which may be the weight."""
     same = case.draw is not None and case.flip()
     out = case.output("out", *dims, dtype=case.dtype, update=same)
     case.arguments["out"] = out
@@ -375,6 +384,57 @@ def rescale_backward(case, *dims):
         a[f"d_{name}"] = case.output(f"d_{name}", *a[name].shape) if wanted else None
 
 
+def toeplitz(case, d_out, d_in, inner, terms):
+    """Diagonals of products, or of single matrices if ``inner`` is None."""
+    a = case.arguments
+    a["left"] = case.input(terms, max(0, d_out + (d_in if inner is None else inner) - 1))
+    a["right"] = None if inner is None else case.input(terms, inner + d_in - 1)
+    a["scale"] = case.scale()
+
+
+def toeplitz_sizes(case):
+    d_out, d_in, inner = case.draw(DIMS), case.draw(DIMS), case.draw(RANKS)
+    return d_out, d_in, inner if case.flip() else None, case.draw(st.sampled_from((1, 1, 2, 3, 17)))
+
+
+def toeplitz_gradients(case):
+    a = case.arguments
+    for name in ("left", "right"):
+        wanted = a[name] is not None and case.flip()
+        a[f"d_{name}"] = case.output(f"d_{name}", *a[name].shape) if wanted else None
+
+
+def toeplitz_reconstruct(case, *sizes):
+    d_out, d_in, inner, terms = sizes or toeplitz_sizes(case)
+    toeplitz(case, d_out, d_in, inner, terms)
+    weight_and_out(case, d_out, d_in)
+
+
+def toeplitz_reconstruct_backward(case, *sizes):
+    d_out, d_in, inner, terms = sizes or toeplitz_sizes(case)
+    toeplitz(case, d_out, d_in, inner, terms)
+    case.arguments["d_weight"] = case.input(d_out, d_in, dtype=case.dtype)
+    toeplitz_gradients(case)
+
+
+def toeplitz_forward(case, *sizes):
+    rows, d_out, d_in, inner, terms = sizes or (case.draw(DIMS), *toeplitz_sizes(case))
+    toeplitz(case, d_out, d_in, inner, terms)
+    case.arguments["x"] = case.input(rows, d_in, dtype=case.dtype)
+    case.arguments["y"] = case.output("y", rows, d_out, dtype=case.dtype, update=True)
+
+
+def toeplitz_backward(case, *sizes):
+    rows, d_out, d_in, inner, terms = sizes or (case.draw(DIMS), *toeplitz_sizes(case))
+    toeplitz(case, d_out, d_in, inner, terms)
+    toeplitz_gradients(case)
+    a = case.arguments
+    a["dy"] = case.input(rows, d_out, dtype=case.dtype)
+    a["dx"] = case.output("dx", rows, d_in, dtype=case.dtype, update=True) if case.flip() else None
+    without_x = a["d_left"] is None and a["d_right"] is None and case.flip()
+    a["x"] = None if without_x else case.input(rows, d_in, dtype=case.dtype)
+
+
 def drop(case, n=None):
     n = case.draw(st.integers(0, 70)) if n is None else n
     case.output("out", n, dtype=case.dtype, update=True)
@@ -398,6 +458,10 @@ BUILDERS = {
     "kronecker_reconstruct_backward": kronecker_reconstruct_backward,
     "rescale_reconstruct": rescale_reconstruct,
     "rescale_backward": rescale_backward,
+    "toeplitz_forward": toeplitz_forward,
+    "toeplitz_backward": toeplitz_backward,
+    "toeplitz_reconstruct": toeplitz_reconstruct,
+    "toeplitz_reconstruct_backward": toeplitz_reconstruct_backward,
 }
 
 # Large enough that every function uses more than one thread; odd sizes leave remainders everywhere.
@@ -405,6 +469,7 @@ LARGE_CONV = (3, 1, 37, 41, 9, 11, (3, 3), (1, 2), (1, 0, 1, 2), (1, 1), "zeros"
 LARGE_GROUPS = (2, 3, 19, 21, 8, 6, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), "reflect", (41, 37))
 NARROW_CONV = (2, 1, 3, 2, 4, 5, (1, 2), (1, 1), (0, 0, 0, 0), (1, 1), "zeros", (5, 2))  # lines of one output
 LARGE_DEPTHWISE = (3, 37, 1, 1, 1, 1, (3, 3), (2, 1), (1, 0, 1, 2), (1, 1), "zeros", (43, 39))
+LARGE_TOEPLITZ = ((403, 1031, 517, None, 2), (211, 301, 1109, 541, 1), (67, 519, 67, 301, 19))  # terms fill vectors
 LARGE = [
     ("drop", (100_003,)),
     *(("tucker_linear_forward", sizes) for sizes in ((2051, 67, 93, 16, 16), (517, 129, 301, 7, 21))),
@@ -420,8 +485,13 @@ LARGE = [
     *(("kronecker_reconstruct_backward", sizes) for sizes in ((32, 41, 37, 32), (7, 21, 190, 43))),
     *(("rescale_reconstruct", dims) for dims in ((1033, 1029), (131, 177, 7, 7))),
     *(("rescale_backward", dims) for dims in ((1033, 1029), (131, 177, 7, 7))),
+    *(("toeplitz_forward", sizes) for sizes in LARGE_TOEPLITZ),
+    *(("toeplitz_backward", sizes) for sizes in LARGE_TOEPLITZ),
+    *(("toeplitz_reconstruct", sizes[1:]) for sizes in LARGE_TOEPLITZ),
+    *(("toeplitz_reconstruct_backward", sizes[1:]) for sizes in LARGE_TOEPLITZ),
 ]
-SUMS_OVER_ROWS = ("d_u_in", "d_core", "d_u_out", "d_factors", "d_weight", "d_a", "d_b", "d_row", "d_column")
+SUMS_OVER_ROWS = ("d_u_in", "d_core", "d_u_out", "d_factors", "d_weight")
+SUMS_OVER_ROWS += ("d_a", "d_b", "d_row", "d_column", "d_left", "d_right")
 
 # Tests ---------------------------------------------------------------------------------------------------------------
 
@@ -556,6 +626,54 @@ def test_nan_stays_where_it_is(isa, dtype, memory_format):
     assert d_u_in.isnan().all()
 
 
+@pytest.mark.parametrize("inner", [None, 29], ids=["single", "product"])
+def test_rows_of_a_transform_never_meet(isa, dtype, inner):
+    """LANES rows share a vector: one that is not finite, or huge, leaves its neighbours as they are."""
+    case = Case("toeplitz_forward", dtype)
+    toeplitz_forward(case, 37, 33, 17, inner, 2)
+    alone = case.call(_core, lambda tensor: tensor.clone())["y"]
+    x = case.arguments["x"]
+    x[1, 7], x[5], x[30, 16] = math.nan, torch.finfo(dtype).max / 2, math.inf
+    y = case.call(_core, lambda tensor: tensor.clone())["y"]
+    others = [row for row in range(37) if row not in (1, 5, 30)]
+    assert y[1].isnan().all()
+    assert not y[30].isfinite().any()
+    assert same_bits(y[others], alone[others])
+
+
+def skew_circulant(c):
+    return scipy.linalg.toeplitz(c, np.append(c[:1], -c[:0:-1]))
+
+
+@pytest.mark.parametrize("n", [1, 2, 16, 37])
+def test_structured_matrices_are_those_of_scipy(isa, n):
+    """ΔW of a circulant times a skew-circulant, plus a symmetric Toeplitz times a general one."""
+    c, s, v, column, row = np.random.default_rng(n).standard_normal((5, n))
+    row[0] = column[0]
+    expected = scipy.linalg.circulant(c) @ skew_circulant(s) + scipy.linalg.toeplitz(v) @ scipy.linalg.toeplitz(
+        column, row
+    )
+    left = np.stack([np.append(c[1:], c), np.append(v[:0:-1], v)])
+    right = np.stack([np.append(-s[1:], s), np.append(row[:0:-1], column)])
+    out, y, dx = np.empty((n, n)), np.zeros((n, n)), np.zeros((n, n))
+    _core.toeplitz_reconstruct(out, None, left, right, 1.0)
+    _core.toeplitz_forward(y, np.eye(n), left, right, 1.0)
+    _core.toeplitz_backward(dx, None, None, np.eye(n), None, left, right, 1.0)
+    for found in (out, y.T, dx):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("function", ["toeplitz_forward", "toeplitz_backward"])
+def test_transforms_add_to_rows_of_unit_stride(function):
+    case = Case(function, torch.float32)
+    BUILDERS[function](case, 5, 3, 4, 5, 2)
+    name = {"toeplitz_forward": "y", "toeplitz_backward": "dx"}[function]
+    case.arguments[name] = torch.zeros(*reversed(case.arguments[name].shape)).mT
+    with pytest.raises(ValueError, match=f"^{function}: {name} must have unit stride in its last dimension, not 5"):
+        case.call(_core)
+    assert not case.arguments[name].any()
+
+
 def half_linear(x, u_in, core, u_out, scale):
     """LoRA's two layers with the core between them, every product rounded to the 16-bit type."""
     return F.linear(F.linear(F.linear(x, u_in.mT), core), u_out) * scale
@@ -668,8 +786,36 @@ BAD = [
     ("tucker_reconstruct", "weight", lambda a: a["weight"].mT, ValueError, "weight must have shape"),
     ("tucker_reconstruct_backward", "d_factors", lambda a: a["d_factors"][:1], ValueError, "d_factors has 1 entries"),
     ("tucker_reconstruct_backward", "d_core", lambda a: a["d_core"][1:], ValueError, "d_core must have shape"),
+    ("toeplitz_forward", "x", lambda a: a["x"][1:], ValueError, r"x must have shape \(5, 4\), not \(4, 4\)"),
+    ("toeplitz_forward", "y", lambda a: a["y"][0, 0], ValueError, "y must have 2 dimensions"),
+    ("toeplitz_forward", "x", lambda a: a["x"].double(), TypeError, "x must be float32, not float64"),
+    ("toeplitz_forward", "left", lambda a: a["left"].half(), TypeError, "left must be float32, not float16"),
+    ("toeplitz_forward", "left", lambda a: a["left"][0], ValueError, "left must have 2 dimensions"),
+    ("toeplitz_forward", "left", lambda a: a["left"][:, :2], ValueError, "left has 2 diagonals, .* of 3 rows has"),
+    ("toeplitz_forward", "left", lambda a: a["left"][1:], ValueError, r"right must have shape \(1, 8\), not \(2, 8\)"),
+    (
+        "toeplitz_forward",
+        "right",
+        lambda a: a["right"][:, 1:],
+        ValueError,
+        r"right must have shape \(2, 8\), not \(2, 7\)",
+    ),
+    ("toeplitz_forward", "right", lambda a: None, ValueError, r"left must have shape \(2, 6\), not \(2, 7\)"),
+    ("toeplitz_forward", "scale", lambda a: math.nan, ValueError, "scale"),
+    ("toeplitz_backward", "x", lambda a: None, ValueError, "x is needed for the gradients of left and right"),
+    ("toeplitz_backward", "d_left", lambda a: a["d_left"][1:], ValueError, "d_left must have shape"),
+    ("toeplitz_backward", "dx", lambda a: a["dx"][:, 1:], ValueError, r"dx must have shape \(5, 4\)"),
+    ("toeplitz_backward", "right", lambda a: None, ValueError, r"left must have shape \(2, 6\)"),
+    ("toeplitz_reconstruct", "weight", lambda a: a["weight"][1:], ValueError, r"weight must have shape \(3, 4\)"),
+    ("toeplitz_reconstruct", "weight", lambda a: a["weight"].double(), TypeError, "weight must be float32"),
+    ("toeplitz_reconstruct", "right", lambda a: a["right"].T, ValueError, "right must have shape"),
+    ("toeplitz_reconstruct_backward", "d_right", lambda a: a["d_right"].T, ValueError, "d_right must have shape"),
+    ("toeplitz_reconstruct_backward", "d_weight", lambda a: a["d_weight"][0], ValueError, "d_weight must have 2"),
+    ("toeplitz_reconstruct_backward", "scale", lambda a: "1", TypeError, "scale must be a float, not '1'"),
 ]
 BAD_SIZES = {
+    "toeplitz_reconstruct": (3, 4, 5, 2),
+    "toeplitz": (5, 3, 4, 5, 2),
     "linear": (5, 4, 3, 2, 3),
     "conv": (2, 1, 5, 3, 2, 3, (3, 3), (1, 1), (0, 0, 0, 0), (1, 1), "zeros", (6, 7)),
     "reconstruct": (7, 9),

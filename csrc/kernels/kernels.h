@@ -11,6 +11,8 @@
 #ifndef FLORA_KERNELS_H
 #define FLORA_KERNELS_H
 
+#include "spectra.h"
+
 #include <stddef.h>
 #include <stdint.h>
 
@@ -101,6 +103,9 @@ typedef struct {
     void (*rescale)(void *out, int64_t out_step, const void *weight, int64_t weight_step, const void *along,
                     double factor, int64_t n);
     void (*rescale_sums)(const flora_rescale_sums *sums);
+
+    void (*slide)(const flora_slide *s);
+    const flora_spectra *spectra; /* of the compute type */
 } flora_kernels;
 
 /* One table an instruction set, indexed by flora_dtype. */

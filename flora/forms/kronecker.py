@@ -2,30 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from flora.forms.base import Form, Tensors
-from flora.ops import ConvOp, Op
+from flora import _core, reference
+from flora.forms.base import Gradients, Tensors
+from flora.forms.matrix import MatrixForm
+from flora.ops import ConvOp, Op, rows
+from flora.plan import choose_kronecker_plan
 
 
-class KroneckerForm(Form):
-    """s·ΔW = s·(B ⊗ A). Tensors: A (p, q) and B (d_out/p, d_in/q); a convolution's weight is the matrix of its rows."""
+class KroneckerForm(MatrixForm):
+    """s·ΔW = s·(B ⊗ A). Tensors: A (p, q) and B (d_out/p, d_in/q).
 
-    __slots__ = ("shape",)
+    h (rows, d_in/q·p) is what backward needs: x as (rows, d_in/q, q) times Aᵀ.
+    """
 
-    def __init__(self, scale: float, shape: tuple[int, ...]) -> None:
-        super().__init__(scale)
-        self.shape = shape
+    __slots__ = ()
 
     def delta(self, weight: Tensor | None, tensors: Tensors) -> Tensor:
         a, b = tensors
-        return self.scale * torch.kron(b, a).reshape(self.shape)
+        return reference.kronecker_delta(a, b, self.scale).reshape(self.shape)
 
     def twin(self, op: Op, x: Tensor, weight: Tensor | None, tensors: Tensors) -> Tensor:
         if isinstance(op, ConvOp):
             return super().twin(op, x, weight, tensors)
         a, b = tensors
-        h = x.to(a.dtype).reshape(*x.shape[:-1], b.shape[1], a.shape[1]) @ a.mT  # (..., d_in/q, p)
-        y: Tensor = self.scale * (b @ h).flatten(-2)
-        return y
+        return reference.kronecker_update(x, a, b, self.scale)
+
+    def reconstruct(self, out: Tensor, weight: Tensor | None, tensors: Tensors) -> None:
+        a, b = tensors
+        _core.kronecker_reconstruct(out, weight, a, b, self.scale)
+
+    def project(self, dw: Tensor, weight: Tensor | None, tensors: Tensors, needs: Sequence[bool]) -> Gradients:
+        (a, b), (d_a, d_b) = tensors, _gradients(tensors, needs)
+        if any(needs):
+            _core.kronecker_reconstruct_backward(d_a, d_b, dw.reshape(self.extents), a, b, self.scale)
+        return d_a, d_b
+
+    def keeps_input(self, needs: Sequence[bool]) -> bool:
+        return needs[0]  # A; B has h
+
+    def update_(self, op: Op, y: Tensor, x: Tensor, tensors: Tensors, want_h: bool) -> tuple[Tensor, Tensor | None]:
+        a, b = tensors
+        y, x = op.writable(y), rows(x)
+        h = a.new_empty(*x.shape[:-1], b.shape[1] * a.shape[0]) if want_h else None
+        _core.kronecker_forward(rows(y), h, x, a, b, self.scale)
+        return y, h
+
+    def update_backward(
+        self,
+        op: Op,
+        dx: Tensor | None,
+        dy: Tensor,
+        x: Tensor | None,
+        h: Tensor | None,
+        tensors: Tensors,
+        needs: Sequence[bool],
+    ) -> Gradients:
+        (a, b), (d_a, d_b) = tensors, _gradients(tensors, needs)
+        dx, x = None if dx is None else rows(dx), None if x is None else rows(x)
+        _core.kronecker_backward(dx, d_a, d_b, rows(dy), x, h, a, b, self.scale)
+        return d_a, d_b
+
+    def cheapest(
+        self, op: Op, x: Tensor, weight: Tensor, tensors: Tensors, grad: bool, possible: tuple[str, ...]
+    ) -> str:
+        a, b = tensors
+        _, inside, _ = op.pixels(x, weight)
+        return choose_kronecker_plan(tuple(a.shape), tuple(b.shape), inside, x.element_size(), grad, possible)
+
+
+def _gradients(tensors: Tensors, needs: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+    of_a, of_b = (torch.empty_like(t) if need else None for t, need in zip(tensors, needs, strict=True))
+    return of_a, of_b

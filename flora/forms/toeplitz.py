@@ -6,59 +6,77 @@ Products with it are convolutions. Source: SURM, arXiv 2406.17740, section 3, an
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from flora.forms.base import Form, Tensors
-from flora.ops import ConvOp, Op
+from flora import _core, reference
+from flora.forms.base import Gradients, Tensors
+from flora.forms.matrix import MatrixForm
+from flora.ops import ConvOp, Op, rows
+from flora.plan import choose_toeplitz_plan
 
 
-class ToeplitzForm(Form):
+class ToeplitzForm(MatrixForm):
     """s·ΔW = s·Σ_q L_q·R_q, cut to the weight: L_q (d_out, n), R_q (n, d_in), n = max(d_out, d_in); or s·Σ_q L_q.
 
     Tensors: the diagonals left (terms, d_out + n - 1) and right (terms, n + d_in - 1); or left (terms, d_out + d_in -
-    1) and None. A convolution's weight is the matrix (d_out, d_in/groups·k…).
+    1) and None.
     """
 
-    __slots__ = ("shape",)
-
-    def __init__(self, scale: float, shape: tuple[int, ...]) -> None:
-        super().__init__(scale)
-        self.shape = shape
-
-    def _extents(self) -> tuple[int, int]:
-        d_out, d_in = self.shape[0], 1
-        for extent in self.shape[1:]:
-            d_in *= extent
-        return d_out, d_in
+    __slots__ = ()
 
     def delta(self, weight: Tensor | None, tensors: Tensors) -> Tensor:
-        left: Tensor = tensors[0]
-        eye = torch.eye(self._extents()[1], dtype=left.dtype, device=left.device)
-        return self._apply(eye, tensors).mT.reshape(self.shape)
+        left, right = tensors
+        return reference.toeplitz_delta(left, right, *self.extents, self.scale).reshape(self.shape)
 
     def twin(self, op: Op, x: Tensor, weight: Tensor | None, tensors: Tensors) -> Tensor:
         if isinstance(op, ConvOp):
             return super().twin(op, x, weight, tensors)
-        return self._apply(x.to(tensors[0].dtype), tensors)
-
-    def _apply(self, x: Tensor, tensors: Tensors) -> Tensor:
-        """s·ΔW·x of x (..., d_in)."""
         left, right = tensors
-        d_out, d_in = self._extents()
-        x = x.unsqueeze(-2)
-        if right is not None:
-            x = multiply(right, x, max(d_out, d_in))
-        y: Tensor = self.scale * multiply(left, x, d_out).sum(-2)
-        return y
+        return reference.toeplitz_update(x, left, right, self.shape[0], self.scale)
+
+    def reconstruct(self, out: Tensor, weight: Tensor | None, tensors: Tensors) -> None:
+        left, right = tensors
+        _core.toeplitz_reconstruct(out, weight, left, right, self.scale)
+
+    def project(self, dw: Tensor, weight: Tensor | None, tensors: Tensors, needs: Sequence[bool]) -> Gradients:
+        (left, right), (d_left, d_right) = tensors, _gradients(tensors, needs)
+        if any(needs):
+            _core.toeplitz_reconstruct_backward(d_left, d_right, dw.reshape(self.extents), left, right, self.scale)
+        return d_left, d_right
+
+    def update_(self, op: Op, y: Tensor, x: Tensor, tensors: Tensors, want_h: bool) -> tuple[Tensor, Tensor | None]:
+        left, right = tensors
+        y = op.writable(y)
+        _core.toeplitz_forward(rows(y), rows(x), left, right, self.scale)
+        return y, None
+
+    def update_backward(
+        self,
+        op: Op,
+        dx: Tensor | None,
+        dy: Tensor,
+        x: Tensor | None,
+        h: Tensor | None,
+        tensors: Tensors,
+        needs: Sequence[bool],
+    ) -> Gradients:
+        (left, right), (d_left, d_right) = tensors, _gradients(tensors, needs)
+        dx, x = None if dx is None else rows(dx), None if x is None else rows(x)
+        _core.toeplitz_backward(dx, d_left, d_right, rows(dy), x, left, right, self.scale)
+        return d_left, d_right
+
+    def cheapest(
+        self, op: Op, x: Tensor, weight: Tensor, tensors: Tensors, grad: bool, possible: tuple[str, ...]
+    ) -> str:
+        right = tensors[1]
+        terms = 0 if right is None else len(right)
+        _, inside, _ = op.pixels(x, weight)
+        return choose_toeplitz_plan(*self.extents, terms, inside, x.element_size(), grad, possible)
 
 
-def multiply(diagonals: Tensor, x: Tensor, rows: int) -> Tensor:
-    """T·x of x (..., columns) by convolution: (..., rows), for diagonals (..., rows + columns - 1)."""
-    columns, n = x.shape[-1], diagonals.shape[-1]
-    # What wraps around falls on the first columns - 1 places, which are cut off.
-    spectrum: Any = torch.fft.rfft(diagonals) * torch.fft.rfft(x, n)
-    y: Tensor = torch.fft.irfft(spectrum, n)[..., columns - 1 : columns - 1 + rows]
-    return y
+def _gradients(tensors: Tensors, needs: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+    left, right = (torch.empty_like(t) if need else None for t, need in zip(tensors, needs, strict=True))
+    return left, right

@@ -16,6 +16,16 @@ from flora.reference.kronecker import (
     kronecker_update,
 )
 from flora.reference.rescale import rescale_backward, rescale_delta, rescale_reconstruct
+from flora.reference.toeplitz import (
+    toeplitz,
+    toeplitz_backward,
+    toeplitz_delta,
+    toeplitz_forward,
+    toeplitz_multiply,
+    toeplitz_reconstruct,
+    toeplitz_reconstruct_backward,
+    toeplitz_update,
+)
 from flora.reference.tucker import (
     conv_finish,
     conv_project,
@@ -50,6 +60,14 @@ __all__ = [
     "rescale_backward",
     "rescale_delta",
     "rescale_reconstruct",
+    "toeplitz",
+    "toeplitz_backward",
+    "toeplitz_delta",
+    "toeplitz_forward",
+    "toeplitz_multiply",
+    "toeplitz_reconstruct",
+    "toeplitz_reconstruct_backward",
+    "toeplitz_update",
     "tucker_conv_backward",
     "tucker_conv_forward",
     "tucker_linear_backward",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 def kronecker_project(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """H = X·Aᵀ, x (..., n·q) to (..., n, p), in A's dtype."""
-    return x.to(a.dtype).unflatten(-1, (b.shape[1], a.shape[1])) @ a.mT
+    return x.to(a.dtype).reshape(*x.shape[:-1], b.shape[1], a.shape[1]) @ a.mT
 
 
 def kronecker_update(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -46,7 +46,7 @@ def kronecker_backward(
 ) -> None:
     """dx += dH·A, and the gradients of A and B, written to their outputs; None skips one."""
     with torch.no_grad():
-        dyc = dy[None].flatten(0, -2).to(a.dtype).unflatten(-1, (b.shape[0], a.shape[0]))
+        dyc = dy[None].flatten(0, -2).to(a.dtype).reshape(-1, b.shape[0], a.shape[0])
         dh = scale * (b.mT @ dyc)
         if d_b is not None and h is None:
             assert x is not None

@@ -51,6 +51,10 @@ def conv(**changed):
     _core.tucker_conv_forward(y, None, x, core, (torch.zeros(3, 2), u, None), 1.0, *geometry.values())
 
 
+def toeplitz(y):
+    _core.toeplitz_forward(y, torch.zeros(3, 4), torch.zeros(2, 8), None, 1.0)
+
+
 CALLS = {
     "tensors": lambda: write(torch.zeros(64), torch.zeros(64)),
     "arrays": lambda: write(np.zeros(64, np.float32), np.zeros(64, np.float32)),
@@ -71,6 +75,8 @@ CALLS = {
     "a subclass": lambda: write(np.ma.zeros(64, np.float32)),
     "a wrong dtype": lambda: write(torch.zeros(64, dtype=torch.int64)),
     "a convolution": conv,
+    "a Toeplitz matrix": lambda: toeplitz(torch.zeros(3, 5)),
+    "a wrong Toeplitz matrix": lambda: toeplitz(Capsule(torch.zeros(3, 4))),
     "a wrong stride": lambda: conv(stride=[1.5]),
     "a huge group": lambda: conv(groups=2**80),
     "a wrong mode": lambda: conv(mode="same"),
