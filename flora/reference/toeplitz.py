@@ -47,7 +47,7 @@ def toeplitz_update(x: Tensor, left: Tensor, right: Tensor | None, d_out: int, s
 def toeplitz_reconstruct(out: Tensor, weight: Tensor | None, left: Tensor, right: Tensor | None, scale: float) -> None:
     """out = weight + ΔW; the sum is rounded to out's dtype once."""
     with torch.no_grad():
-        delta = toeplitz_delta(left, right, *out.shape, scale)
+        delta = toeplitz_delta(left, right, out.shape[0], out.shape[1], scale)
         out.copy_(delta if weight is None else weight.to(delta.dtype) + delta)
 
 
@@ -57,7 +57,8 @@ def toeplitz_reconstruct_backward(
     """The adjoint of `toeplitz_reconstruct`; None skips a gradient. Autograd does the algebra."""
     with torch.enable_grad():
         sources = [t.detach().requires_grad_() for t in (left, right) if t is not None]
-        delta = toeplitz_delta(sources[0], sources[1] if right is not None else None, *d_weight.shape, scale)
+        d_out, d_in = d_weight.shape
+        delta = toeplitz_delta(sources[0], sources[1] if right is not None else None, d_out, d_in, scale)
         grads = torch.autograd.grad(delta, sources, d_weight.to(left.dtype))
     for out, grad in zip((d_left, d_right), grads, strict=False):
         if out is not None:
