@@ -264,7 +264,8 @@ def unfit(module: nn.Module, config: DeltaConfig) -> str | None:
             kind = kind_of(module)
         reason = config.refuses(kind.name, module)
         if reason is not None:
-            return f"{type(config).__name__} cannot adapt a {describe(module)}: {reason}"
+            name = describe(module)
+            return f"{type(config).__name__} cannot adapt {'an' if name[0] in 'AEIOU' else 'a'} {name}: {reason}"
         if kind is NORM and not config.of_output:
             offset(module)
     except TypeError as error:

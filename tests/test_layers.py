@@ -773,7 +773,7 @@ def test_initialisations(init):
         (nn.ConvTranspose2d(4, 6, 3), "ConvTranspose2d cannot be adapted: ConvTranspose2d is not supported"),
         (nn.LSTM(4, 6), "LSTM is not a Linear"),
         (nn.LazyLinear(3), "no weight before its first forward"),
-        (nn.BatchNorm2d(3), "BatchNorm2d cannot be adapted: TuckerConfig cannot adapt a BatchNorm2d: its weight scales"),
+        (nn.BatchNorm2d(3), "BatchNorm2d cannot be adapted: TuckerConfig cannot adapt a BatchNorm2d: its weight has"),
     ],
     ids=lambda v: type(v).__name__,
 )

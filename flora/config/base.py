@@ -107,8 +107,8 @@ class DeltaConfig:
 
     def refuses(self, kind: str, module: nn.Module) -> str | None:
         """Why its deltas cannot be put on a layer of this kind (`flora.kinds.Kind.name`), or None if they can."""
-        if kind == "norm":
-            return "its weight scales elements one by one and has no rows and columns; RescaleConfig takes it"
+        if kind == "norm" and not self.of_output:
+            return "its weight has no rows and columns (RescaleConfig takes it)"
         return None
 
     def for_module(self, name: str) -> Self:
