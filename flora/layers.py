@@ -124,7 +124,7 @@ class AdaptedLayer(nn.Module):
         reason = undroppable(self.base_layer, config)
         if reason is not None:
             raise ValueError(f"{self._label}: {reason}")
-        delta = _deltas.build(config, self._site(config))
+        delta = _deltas.build(config, site_of(self.base_layer, config, self._label))
         if isinstance(delta, WeightDelta) and not self._kind.shiftable and delta.bias_update(None) is not None:
             raise TypeError(
                 f"{self._label} cannot be adapted: the bias of {describe(self.base_layer)} cannot be updated"
@@ -133,24 +133,6 @@ class AdaptedLayer(nn.Module):
         delta.train(self.training)
         self.deltas[adapter] = delta
         return delta
-
-    def _site(self, config: DeltaConfig) -> Site:
-        base, kind = self.base_layer, self._kind
-        shape = delta_shape(base, config)
-        if config.of_output:
-            dtype, device = self._precision()
-            return Site(shape, dtype, device, name=self._label, output=output_of(base))
-        weight = None if kind.opaque else self._base_weight()
-        return Site(
-            shape,
-            torch.float32 if weight is None else compute_dtype(weight.dtype),
-            self._precision()[1] if weight is None else weight.device,
-            None if weight is None else kind.turned(weight),
-            self._label,
-            kind is TRANSPOSED,
-            "bias" in base._parameters,
-            offset(base) if kind is NORM else None,
-        )
 
     def delete_delta(self, adapter: str) -> None:
         """Removes an adapter. Raises KeyError for an unknown one, RuntimeError for one that is merged."""
@@ -356,13 +338,6 @@ class AdaptedLayer(nn.Module):
         weight: Tensor = getattr(self.base_layer, self._kind.weight_name)
         return weight
 
-    def _precision(self) -> tuple[torch.dtype, torch.device]:
-        """What a delta without a weight to go by is kept in: dtype and device."""
-        tensors = [*self.base_layer.parameters(), *self.base_layer.buffers()]
-        real = [t for t in tensors if t.is_floating_point()]
-        device = tensors[0].device if tensors else torch.device("cpu")
-        return compute_dtype(real[0].dtype) if real else torch.float32, device
-
     def _effective(self, weight: Tensor, deltas: Sequence[WeightDelta]) -> Tensor:
         """W + Σ s·ΔW in W's orientation and dtype, summed above half precision and rounded once."""
         turned = self._kind.turned(weight)
@@ -455,7 +430,9 @@ class AdaptedLayer(nn.Module):
                 return f"the block after it cannot be taken into a weight: {reason}"
         stock = kind.stock(base) and not base._forward_hooks
         if blocks and not (stock and kind.name in ("linear", "conv")):
-            return f"the block after this {describe(base)} can only be taken into a plain Linear or convolution"
+            return f"the block after this {describe(base)} could only be taken into a plain Linear or convolution"
+        if blocks and getattr(base, "groups", 1) != 1:
+            return f"the block after it mixes its {base.groups} groups, which no weight of a {describe(base)} does"
         if kind.opaque:
             return f"the weight of {describe(base)} is quantised or packed"
         if parametrize.is_parametrized(base, name):
@@ -624,6 +601,29 @@ def _dropped(args: tuple[Any, ...], kwargs: dict[str, Any], dropout: float) -> t
         if is_input(value):
             return args, kwargs | {key: F.dropout(value, dropout)}
     return args, kwargs
+
+
+def site_of(module: nn.Module, config: DeltaConfig, name: str) -> Site:
+    """What a delta of ``config`` has to know of the unadapted module, which it fits."""
+    kind, shape = kind_or_module(module), delta_shape(module, config)
+    held = [*module.parameters(), *module.buffers()]
+    device = held[0].device if held else torch.device("cpu")
+    dtype = compute_dtype(next((t.dtype for t in held if t.is_floating_point()), torch.float32))
+    if config.of_output:
+        return Site(shape, dtype, device, name=name, output=output_of(module))
+    if kind.opaque:
+        return Site(shape, torch.float32, device, name=name)
+    weight: Tensor = getattr(module, kind.weight_name)
+    return Site(
+        shape,
+        compute_dtype(weight.dtype),
+        weight.device,
+        kind.turned(weight),
+        name,
+        kind is TRANSPOSED,
+        "bias" in module._parameters,
+        offset(module) if kind is NORM else None,
+    )
 
 
 def _shifted(bias: Tensor | None, deltas: Sequence[WeightDelta], dtype: torch.dtype) -> Tensor | None:

@@ -15,6 +15,8 @@ NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict
 _WIDTHS = ("out_features", "out_channels", "embedding_dim", "embed_dim", "hidden_size", "nf")
 """Attributes by which modules call the width of their output; ``nf`` is that of transformers' Conv1D."""
 
+_CHANNELS_LAST = (nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention, nn.RNNCellBase)
+
 
 class Output(NamedTuple):
     """The channels of a module's output."""
@@ -51,13 +53,9 @@ def output_of(module: nn.Module) -> Output:
     """
     if isinstance(module, NEVER_CALLED):
         raise TypeError(f"a {type(module).__name__} is never called; name the modules in it")
-    own = _of_layer(module)
+    own = _of_layer(module) or _by_attribute(module, certain=False)
     if own is not None:
         return own
-    for name in _WIDTHS:
-        width = getattr(module, name, None)
-        if type(width) is int and width > 0:
-            return Output(width, certain=False)
     inner = [(layer, found) for layer in module.modules() if (found := _of_layer(layer)) is not None]
     products = [found for layer, found in inner if not is_norm(layer) and not isinstance(layer, nn.Embedding)]
     for found in reversed(products or [found for _, found in inner]):
@@ -83,10 +81,13 @@ def _of_layer(module: nn.Module) -> Output | None:
         return Output(shape[0], certain=is_stock(module)) if len(shape) == 1 else None
     if is_norm(module):
         return Output(len(module.weight))  # type: ignore[arg-type]
-    linear = type(getattr(module, "in_features", None)) is int
-    if linear or isinstance(module, nn.MultiheadAttention) or not module._modules:
-        for name in _WIDTHS:
-            width = getattr(module, name, None)
-            if type(width) is int and width > 0:
-                return Output(width)
+    known = isinstance(module, _CHANNELS_LAST) or type(getattr(module, "in_features", None)) is int
+    return _by_attribute(module, known) if known or not module._modules else None
+
+
+def _by_attribute(module: nn.Module, certain: bool) -> Output | None:
+    for name in _WIDTHS:
+        width = getattr(module, name, None)
+        if type(width) is int and width > 0:
+            return Output(width, certain=certain)
     return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -43,6 +44,7 @@ class StructuredAdapterConfig(DeltaConfig):
     """
 
     method: ClassVar[str] = "structured_adapter"
+    ordered: ClassVar[bool] = False
     of_output: ClassVar[bool] = True
 
     kind: str = "circulant"
@@ -80,6 +82,12 @@ class StructuredAdapterConfig(DeltaConfig):
         if not is_int(value) or value < 1:
             self._fail(name, "must be a positive int", value)
         return int(value)
+
+    def sizes(self, shapes: Sequence[tuple[int, ...]]) -> Sequence[Mapping[str, Any]]:
+        widths = [shape[0] for shape in shapes]
+        if self.kind == "kronecker":
+            return [{"rank": rank} for rank in divisors(math.gcd(*widths))]
+        return [{"terms": terms} for terms in range(1, max(widths) + 1)] if self.kind == "ldr" else ({},)
 
     def block_size(self, width: int, name: str = "") -> int:
         """The r of "kronecker" for an output of a width. ValueError, naming module and divisors, if it does not fit."""

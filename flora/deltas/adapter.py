@@ -32,7 +32,7 @@ class StructuredAdapterDelta(OutputDelta, config=StructuredAdapterConfig):
 
     def __init__(self, config: StructuredAdapterConfig, site: Site) -> None:
         super().__init__(config, site)
-        n = site.output.width
+        n = self.output.width
         if config.kind == "ldr":
             assert config.terms is not None
             self.circulant, self.skew = (site.parameter(config.terms, n) for _ in range(2))

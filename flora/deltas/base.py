@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -35,9 +35,8 @@ class Site:
     """Whether the layer has a place for a bias, empty or not."""
     norm_offset: float | None = None
     """On a normalisation what its forward adds to the weight before it multiplies by it; None on any other layer."""
-    output: Output = field(default_factory=lambda: Output(0))
+    output: Output | None = None
     """For a delta that acts on it: the channels of the module's output."""
-
     shapes_only: bool = False
     """Only the parameters' shapes are asked for: nothing has to be drawn or decomposed."""
 
@@ -208,6 +207,7 @@ class OutputDelta(Delta):
 
     def __init__(self, config: DeltaConfig, site: Site) -> None:
         super().__init__(config, site)
+        assert site.output is not None
         self.output = site.output
 
     def transformed(self, y: Tensor) -> Tensor:
