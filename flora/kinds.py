@@ -16,8 +16,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from flora.config import DeltaConfig
-from flora.norms import is_norm, is_stock, norm_op, offset
-from flora.ops import ADDMM, LINEAR, ConvOp, NormOp, Op, same_padding
+from flora.norms import is_norm, is_stock, offset
+from flora.ops import ADDMM, LINEAR, ConvOp, Op, same_padding
 from flora.outputs import output_of
 
 
@@ -52,7 +52,7 @@ class Kind:
         """Whether calling the module is its stock operation and nothing else, on its class and its instance."""
         return False
 
-    def op(self, module: nn.Module) -> Op | NormOp:
+    def op(self, module: nn.Module) -> Op:
         """The stock operation that a call amounts to."""
         raise TypeError(f"{type(module).__name__} has no single stock operation")
 
@@ -149,9 +149,6 @@ class NormKind(Kind):
 
     def stock(self, module: nn.Module) -> bool:
         return is_stock(module)
-
-    def op(self, module: nn.Module) -> NormOp:
-        return norm_op(module)
 
 
 LINEAR_KIND = LinearKind("LINEAR_KIND")

@@ -38,8 +38,8 @@ from flora.kinds import (
     undroppable,
     unfit,
 )
-from flora.norms import offset
-from flora.ops import LINEAR, ConvOp, NormOp, Op
+from flora.norms import norm_op, offset
+from flora.ops import LINEAR, ConvOp, Op
 from flora.outputs import output_of
 
 _Parameters = dict[str, nn.Parameter | None]
@@ -93,6 +93,8 @@ class AdaptedLayer(nn.Module):
         self.name = name
         self._kind = kind
         self._active: tuple[str, ...] = ()
+        self._of_weight: tuple[str, ...] = ()  # the active ones by what they act on
+        self._of_output: tuple[str, ...] = ()
         self._enabled = True
         self._original: _Parameters = {}  # the frozen weight and bias while merged; a plain dict, to stay unregistered
         self._combined: _Parameters = {}  # the merged ones
@@ -139,7 +141,7 @@ class AdaptedLayer(nn.Module):
         self._known(adapter)
         if self.merged and adapter in self._active:
             raise RuntimeError(f"{self._label}: adapter {adapter!r} is merged; unmerge first")
-        self._active = tuple(n for n in self._active if n != adapter)
+        self._activate(tuple(n for n in self._active if n != adapter))
         del self.deltas[adapter]
 
     @property
@@ -153,18 +155,29 @@ class AdaptedLayer(nn.Module):
             self._known(adapter)
         if self.merged and names != self._active:
             raise RuntimeError(f"{self._label}: adapters {list(self._active)} are merged; unmerge first")
+        self._activate(names)
+
+    def _activate(self, names: tuple[str, ...]) -> None:
         self._active = names
+        self._of_output = tuple(n for n in names if isinstance(self.deltas[n], OutputDelta))
+        self._of_weight = tuple(n for n in names if n not in self._of_output)
 
     def _known(self, adapter: str) -> None:
         if adapter not in self.deltas:
             raise KeyError(f"{self._label}: no adapter named {adapter!r}; there are {sorted(self.deltas)}")
 
-    def _in_use(self) -> list[Delta]:
-        """The active deltas, in their order; none while they are merged or switched off."""
-        if not self._enabled or self._original:
-            return []
-        deltas = self._modules["deltas"]._modules  # type: ignore[union-attr]
-        return [deltas[n] for n in self._active]  # type: ignore[misc]
+    def _in_use(self) -> bool:
+        """Whether active deltas have to be computed with: not while they are merged or switched off."""
+        return bool(self._active) and self._enabled and not self._original
+
+    def _deltas(self) -> list[WeightDelta]:
+        """The active ones of the weight."""
+        deltas: dict[str, Any] = self._modules["deltas"]._modules  # type: ignore[union-attr]
+        return [deltas[n] for n in self._of_weight]
+
+    def _blocks(self) -> list[OutputDelta]:
+        """The active ones of the output."""
+        return [self.deltas[n] for n in self._of_output]  # type: ignore[misc]
 
     @property
     def _label(self) -> str:
@@ -175,36 +188,30 @@ class AdaptedLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the base layer returns for these arguments, with the active deltas on top; shapes are the base's."""
         base: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]
-        used = self._in_use()
-        if not used:
+        if not self._in_use():
             return base(*args, **kwargs)
         if self.training or torch.is_grad_enabled():  # reentrant checkpointing trains with gradients off at first
             self.__dict__["reached"] = True
-        deltas = [delta for delta in used if isinstance(delta, WeightDelta)]
-        if len(deltas) == len(used):
-            return self._weight_forward(base, deltas, args, kwargs)
-        y = self._weight_forward(base, deltas, args, kwargs) if deltas else base(*args, **kwargs)
-        for block in used:
-            if isinstance(block, OutputDelta):
-                y = self._with_block(y, block)
+        if not self._of_output:
+            return self._weight_forward(base, args, kwargs)
+        y = self._weight_forward(base, args, kwargs) if self._of_weight else base(*args, **kwargs)
+        for block in self._blocks():
+            y = self._with_block(y, block)
         return y
 
-    def _weight_forward(
-        self, base: nn.Module, deltas: Sequence[WeightDelta], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """The base with the deltas of its weight and bias."""
-        kind = self._kind
+    def _weight_forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The base with the active deltas of its weight and bias."""
+        deltas, kind = self._deltas(), self._kind
         if kind.opaque:
             return self._opaque_forward(deltas, *args, **kwargs)
         if len(args) == 1 and not kwargs and kind.stock(base) and not _has_hooks(base):
             weight: Tensor = _held(base, "weight")
             if kind is EMBEDDING:
                 return self._embed(args[0], weight, base.padding_idx, deltas)  # type: ignore[arg-type]
-            op = kind.op(base)
             bias = _shifted(_held(base, "bias"), deltas, weight.dtype)
-            if isinstance(op, NormOp):
-                return op.base(args[0], self._effective(weight, deltas), bias)
-            return self._call(op, args[0], kind.turned(weight), bias, deltas)
+            if kind is NORM:
+                return norm_op(base).base(args[0], self._effective(weight, deltas), bias)
+            return self._call(kind.op(base), args[0], kind.turned(weight), bias, deltas)
         return self._foreign_forward(deltas, args, kwargs)
 
     def _with_block(self, output: Any, block: OutputDelta) -> Any:
@@ -385,9 +392,9 @@ class AdaptedLayer(nn.Module):
                 raise
         if (name == self._kind.weight_name and not self._kind.opaque) or name == "bias":
             used = self._in_use()
-            deltas = [delta for delta in used if isinstance(delta, WeightDelta)]
+            deltas = self._deltas() if used else []
             if used and name != "bias":
-                return self._read_weight(deltas, overridable=len(deltas) < len(used))
+                return self._read_weight(deltas, overridable=bool(self._of_output))
             if deltas and "bias" in base._parameters:
                 return _shifted(getattr(base, name), deltas, self._base_weight().dtype)
         try:
@@ -423,7 +430,7 @@ class AdaptedLayer(nn.Module):
     def check_mergeable(self) -> str | None:
         """Why the active deltas cannot be merged into the base, or None if they can."""
         base, kind, name = self.base_layer, self._kind, self._kind.weight_name
-        deltas, blocks = self._split()
+        deltas, blocks = self._deltas(), self._blocks()
         for block in blocks:
             reason = block.unmergeable()
             if reason is not None:
@@ -447,14 +454,6 @@ class AdaptedLayer(nn.Module):
             return "it has no bias, and whether its own forward would add one is not known (bias=False has no shift)"
         return None
 
-    def _split(self) -> tuple[list[WeightDelta], list[OutputDelta]]:
-        """The active deltas of the weight and the active blocks, each in their order."""
-        active = [self.deltas[name] for name in self._active]
-        return (
-            [delta for delta in active if isinstance(delta, WeightDelta)],
-            [delta for delta in active if isinstance(delta, OutputDelta)],
-        )
-
     def merge(self) -> None:
         """Puts W + Σ s·ΔW of the active adapters into the base, as a new parameter, and likewise the bias.
 
@@ -469,7 +468,7 @@ class AdaptedLayer(nn.Module):
             reason = "no adapter is active"
         if reason is not None:
             raise RuntimeError(f"{self._label} cannot be merged: {reason}")
-        deltas, blocks = self._split()
+        deltas, blocks = self._deltas(), self._blocks()
         own = self.base_layer._parameters
         weight, bias = own[self._kind.weight_name], own.get("bias")
         assert weight is not None
