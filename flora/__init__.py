@@ -14,10 +14,11 @@ from flora.config import (
     KroneckerConfig,
     LDRConfig,
     RescaleConfig,
+    StructuredAdapterConfig,
     ToeplitzConfig,
     TuckerConfig,
 )
-from flora.deltas import Delta, TuckerDelta
+from flora.deltas import Delta, OutputDelta, TuckerDelta, WeightDelta
 from flora.drop_in import Conv1d, Conv2d, Conv3d, Embedding, Linear
 from flora.layers import AdaptedLayer, wrap
 from flora.model import adapt, add_adapter, delete_adapter, disabled, merge, set_adapter, unload, unmerge
@@ -38,10 +39,13 @@ __all__ = [
     "KroneckerConfig",
     "LDRConfig",
     "Linear",
+    "OutputDelta",
     "RescaleConfig",
+    "StructuredAdapterConfig",
     "ToeplitzConfig",
     "TuckerConfig",
     "TuckerDelta",
+    "WeightDelta",
     "adapt",
     "add_adapter",
     "budget",

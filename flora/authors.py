@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flora.config import TuckerConfig, is_suffix
-from flora.kinds import kind_of
+from flora.kinds import delta_shape, unfit
 from flora.reference import mode_product
 from flora.targets import inside, near_misses
 
@@ -76,11 +76,10 @@ def translate(
     found = Translation(saved=_saved(others, config, modules))
     for key, of_layer in parts.items():
         where = key.removeprefix(prefix)
-        try:
-            shape = kind_of(modules[where]).shape(modules[where])
-        except TypeError as error:
-            raise ValueError(f"{where} cannot be adapted: {error}") from error
-        core, factors = _in_weight_order(where, of_layer, tuple(shape))
+        reason = unfit(modules[where], config)
+        if reason is not None:
+            raise ValueError(f"{where} cannot be adapted: {reason}")
+        core, factors = _in_weight_order(where, of_layer, delta_shape(modules[where], config))
         own = config.for_module(where)
         if own.scale is None:
             raise ValueError(f"{where}: the file holds no scale, and scale_pattern={config.scale_pattern} gives none")

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
-from flora.kinds import is_adaptable, is_opaque
+from flora.kinds import is_opaque, is_product
+from flora.norms import NORMS
 
 BASE_DTYPES = (torch.bfloat16, torch.float16)
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
 _PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.Bilinear, nn.RNNBase, nn.PReLU)  # PReLU's two dtypes must be one
 _STRICT = (nn.LayerNorm.forward, nn.GroupNorm.forward, nn.BatchNorm2d.forward)
 """Forwards that want activations in their weights' dtype, but on the CPU, where they are quicker with mixed ones."""
@@ -44,9 +43,9 @@ def stays(module: nn.Module) -> bool:
     (at most one extent above 1) for parameters; no layer that is a product, even if its weight happens to be a vector.
     A module that holds buffers alone (rotary frequencies, position tables) is one.
     """
-    if isinstance(module, _NORMS) or is_opaque(module) or any(_is_special(p) for p in _parameters(module)):
+    if isinstance(module, NORMS) or is_opaque(module) or any(_is_special(p) for p in _parameters(module)):
         return True
-    if is_adaptable(module) or isinstance(module, _PRODUCTS):
+    if is_product(module) or isinstance(module, _PRODUCTS):
         return False
     if any(True for inner in module.modules() if inner is not module for _ in _tensors(inner)):
         return False

@@ -13,7 +13,7 @@ from torch import nn
 
 from flora.config import DeltaConfig
 from flora.deltas import Site, build
-from flora.kinds import kind_of
+from flora.layers import site_of
 from flora.targets import Target, select
 
 _Config = TypeVar("_Config", bound=DeltaConfig)
@@ -49,7 +49,7 @@ def budget(
         raise ValueError(f"parameters={parameters!r} must be a positive int")
     targets = select(model, base).layers
     count = _Counter(targets)
-    sizes = base.sizes([*count.shapes.values()])
+    sizes = base.sizes([site.shape for site in count.sites.values()])
     if base.ordered:
 
         def of_size(size: Mapping[str, Any]) -> int:
@@ -76,7 +76,7 @@ def budget(
 
 def _filled(low: _Config, high: _Config, count: _Counter, parameters: int) -> _Config:
     """``low`` with the rank of ``high`` on the layers with which the sum comes closest to the budget."""
-    steps = {name: count.of(high, name) - count.of(low, name) for name in count.shapes}
+    steps = {name: count.of(high, name) - count.of(low, name) for name in count.sites}
     names = [name for name, step in steps.items() if step > 0]
     raised = closest_subset([steps[name] for name in names], parameters - count(low))
     patterns = {f"^{re.escape(names[i])}$": high.rank for i in raised}  # type: ignore[attr-defined]
@@ -87,19 +87,26 @@ class _Counter:
     """Trainable parameters of configurations on the targets of one of them."""
 
     def __init__(self, targets: Sequence[Target]) -> None:
-        self.shapes = {t.name: tuple(kind_of(t.original).shape(t.original)) for t in targets}
-        self._known: dict[tuple[DeltaConfig, tuple[int, ...]], int] = {}
+        self.sites = {t.name: self._site(t) for t in targets}
+        self._known: dict[tuple[DeltaConfig, Site], int] = {}
+
+    @staticmethod
+    def _site(target: Target) -> Site:
+        assert target.config is not None
+        site = site_of(target.original, target.config, target.name)
+        return replace(site, device="meta", weight=None, shapes_only=True)
 
     def __call__(self, config: DeltaConfig) -> int:
-        return sum(self.of(config, name) for name in self.shapes)
+        return sum(self.of(config, name) for name in self.sites)
 
     def of(self, config: DeltaConfig, name: str) -> int:
         """Of the configuration on one layer, patterns applied."""
-        own, shape = config.for_module(name), self.shapes[name]
-        if (own, shape) not in self._known:
-            delta = build(own, Site(shape, device="meta", name=name, shapes_only=True))
-            self._known[own, shape] = sum(p.numel() for p in delta.parameters() if p.requires_grad)
-        return self._known[own, shape]
+        own, site = config.for_module(name), self.sites[name]
+        alike = own, replace(site, name="")
+        if alike not in self._known:
+            delta = build(own, site)
+            self._known[alike] = sum(p.numel() for p in delta.parameters() if p.requires_grad)
+        return self._known[alike]
 
 
 def closest_subset(steps: Sequence[int], most: int) -> list[int]:

@@ -84,9 +84,14 @@ class LearningWeight(EffectiveWeight):
         raise RuntimeError(f"{func} met an effective weight whose values were not computed; use weight.clone()")
 
 
-def effective_weight(like: Tensor, requires_grad: bool, compute: Callable[[], Tensor]) -> EffectiveWeight:
-    """The attribute: ``like`` gives shape, strides, dtype and device, ``compute`` the values."""
-    return (LearningWeight if requires_grad else EffectiveWeight)(like, requires_grad, compute)
+def effective_weight(
+    like: Tensor, requires_grad: bool, compute: Callable[[], Tensor], overridable: bool = False
+) -> EffectiveWeight:
+    """The attribute: ``like`` gives shape, strides, dtype and device, ``compute`` the values.
+
+    ``overridable`` makes it one that `torch.overrides.has_torch_function` sees, whether it learns or not.
+    """
+    return (LearningWeight if requires_grad or overridable else EffectiveWeight)(like, requires_grad, compute)
 
 
 def _valued(argument: Any) -> Any:

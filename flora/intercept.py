@@ -52,9 +52,14 @@ class Intercept(TorchFunctionMode):
         called with (ids, W, everything else of the call) likewise.
     effective
         returns W + s·ΔW, which stands for the weight in any other use.
+    bias
+        the layer's own, if it has one.
+    shift
+        returns a bias with what the deltas add to it. It stands for the layer's own bias wherever that is used; a layer
+        without one gets it in its stock calls.
 
-    After the forward, ``served`` counts the stock calls and ``replaced`` the other uses; ``learns`` says whether any of
-    them had gradients enabled.
+    After the forward, ``served`` counts the stock calls, ``replaced`` the other uses and ``shifted`` those of the bias;
+    ``learns`` says whether any use of the weight had gradients enabled.
     """
 
     def __init__(
@@ -65,12 +70,15 @@ class Intercept(TorchFunctionMode):
         stock: StockCall,
         embedding: Callable[..., Tensor],
         effective: Callable[[Tensor], Tensor],
+        bias: Tensor | None,
+        shift: Callable[[Tensor | None], Tensor | None],
     ) -> None:
         super().__init__()
         self.name = name
         self.is_weight, self.turned = is_weight, turned
         self.stock, self.embedding, self.effective = stock, embedding, effective
-        self.served = self.replaced = 0
+        self.bias, self.shift = bias, shift
+        self.served = self.replaced = self.shifted = 0
         self.learns = False
         self._values: dict[bool, Tensor] = {}
 
@@ -102,11 +110,11 @@ class Intercept(TorchFunctionMode):
         """The adapted form of a stock operation on the weight, or None if this call is not one."""
         if func is F.linear:
             x, weight, bias = _bound(("input", "weight", "bias"), args, kwargs)
-            return (lambda: self.stock(LINEAR, x, weight, bias)) if self._matches(weight) else None
+            return (lambda: self.stock(LINEAR, x, weight, self._shifted(bias))) if self._matches(weight) else None
         if func is torch.addmm and not kwargs and len(args) == 3 and self._matches(args[2]):
             bias, x, weight = args
             if isinstance(bias, Tensor) and bias.ndim == 1 and self.turned(weight) is not weight:
-                return lambda: self.stock(ADDMM, x, self.turned(weight), bias)
+                return lambda: self.stock(ADDMM, x, self.turned(weight), self._shifted(bias))
             return None
         if func in _CONVOLUTIONS:
             names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -114,7 +122,7 @@ class Intercept(TorchFunctionMode):
             if not self._matches(weight):
                 return None
             op = _conv_op(_CONVOLUTIONS[func], weight, stride, padding, dilation, groups)
-            return lambda: self.stock(op, x, weight, bias)
+            return lambda: self.stock(op, x, weight, self._shifted(bias))
         if func is F.embedding:
             ids, weight, *rest = _bound(
                 ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
@@ -127,8 +135,17 @@ class Intercept(TorchFunctionMode):
     def _matches(self, value: Any) -> bool:
         return isinstance(value, Tensor) and self.is_weight(value)
 
+    def _shifted(self, bias: Tensor | None) -> Tensor | None:
+        """The bias of a stock call: with the shift, unless it was computed from one that has it."""
+        if self.bias is not None and bias is not self.bias:
+            return bias
+        self.shifted += 1
+        return self.shift(bias)
+
     def _substituted(self, value: Any, detached: bool) -> Any:
         if isinstance(value, Tensor):
+            if value is self.bias:
+                return self._shifted(value)
             if not self.is_weight(value):
                 return value
             self.replaced += 1

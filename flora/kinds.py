@@ -1,6 +1,7 @@
 """Which layers can be adapted, and what there is to know about each kind: its weight, its stock operation, its shape.
 
-Nothing here computes. `kind_of` is the one place that decides; a layer that it refuses is refused with a reason.
+`kind_of` decides whether a layer has a weight that a delta can act on, `refusal` whether a configuration's deltas can;
+what is refused is refused with a reason.
 """
 
 from __future__ import annotations
@@ -11,19 +12,27 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
+from flora.config import DeltaConfig
+from flora.norms import is_norm, is_stock, offset
 from flora.ops import ADDMM, LINEAR, ConvOp, Op, same_padding
+from flora.outputs import output_of
 
 
 class Kind:
-    """A kind of layer: how its weight is called, laid out and used."""
+    """A kind of layer: how its weight is called, laid out and used. This one is of modules without one to act on."""
 
-    weight_name = "weight"
+    name = "module"
+    """For `DeltaConfig.refuses`: "linear", "conv", "embedding", "attention", "quantised", "norm" or "module"."""
+    weight_name = ""
     opaque = False
     """The weight is not there as plain numbers (quantised): only y = base(x) + s·ΔW·x is possible."""
     droppable = True
     """The delta has an input of its own that dropout can act on."""
+    shiftable = True
+    """The delta can update its bias."""
 
     def __init__(self, constant: str) -> None:
         self._constant = constant
@@ -33,7 +42,7 @@ class Kind:
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
         """The weight's shape as (out, in/groups, *k)."""
-        return tuple(getattr(module, self.weight_name).shape)
+        return tuple(getattr(module, self.weight_name).shape) if self.weight_name else ()
 
     def turned(self, weight: Tensor) -> Tensor:
         """A weight of this layer in the order (out, in, *k), or one of that order in the layer's; a view."""
@@ -49,6 +58,9 @@ class Kind:
 
 
 class LinearKind(Kind):
+    name = "linear"
+    weight_name = "weight"
+
     def stock(self, module: nn.Module) -> bool:
         return type(module).forward is nn.Linear.forward and "forward" not in module.__dict__
 
@@ -59,7 +71,9 @@ class LinearKind(Kind):
 class OpaqueLinearKind(LinearKind):
     """A linear layer whose weight is packed or quantised."""
 
+    name = "quantised"
     opaque = True
+    shiftable = False
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
         return module.out_features, module.in_features  # type: ignore[return-value]
@@ -70,6 +84,9 @@ class OpaqueLinearKind(LinearKind):
 
 class TransposedLinearKind(Kind):
     """transformers' Conv1D: a linear layer with its weight as (in, out)."""
+
+    name = "linear"
+    weight_name = "weight"
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
         return tuple(reversed(module.weight.shape))  # type: ignore[arg-type]
@@ -85,6 +102,9 @@ class TransposedLinearKind(Kind):
 
 
 class ConvKind(Kind):
+    name = "conv"
+    weight_name = "weight"
+
     _STOCK = frozenset((cls.forward, cls._conv_forward) for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
     def stock(self, module: nn.Module) -> bool:
@@ -104,7 +124,9 @@ class ConvKind(Kind):
 class EmbeddingKind(Kind):
     """A table of vectors; the modes of its weight are (num_embeddings, embedding_dim)."""
 
-    droppable = False
+    name = "embedding"
+    weight_name = "weight"
+    droppable = shiftable = False
 
     def stock(self, module: nn.Module) -> bool:
         return type(module).forward is nn.Embedding.forward and "forward" not in module.__dict__
@@ -113,8 +135,20 @@ class EmbeddingKind(Kind):
 class AttentionKind(Kind):
     """`torch.nn.MultiheadAttention`: its packed input projection, read by its own forward. out_proj is a Linear."""
 
+    name = "attention"
     weight_name = "in_proj_weight"
+    droppable = shiftable = False
+
+
+class NormKind(Kind):
+    """A normalisation: its weight, most often (d,), and its bias act on each element or channel by itself."""
+
+    name = "norm"
+    weight_name = "weight"
     droppable = False
+
+    def stock(self, module: nn.Module) -> bool:
+        return is_stock(module)
 
 
 LINEAR_KIND = LinearKind("LINEAR_KIND")
@@ -123,6 +157,8 @@ TRANSPOSED = TransposedLinearKind("TRANSPOSED")
 CONV = ConvKind("CONV")
 EMBEDDING = EmbeddingKind("EMBEDDING")
 ATTENTION = AttentionKind("ATTENTION")
+NORM = NormKind("NORM")
+MODULE = Kind("MODULE")
 
 
 def _named_padding(padding: str, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, ...]:
@@ -157,9 +193,8 @@ def is_opaque(module: nn.Module) -> bool:
 
 
 def kind_of(module: nn.Module) -> Kind:
-    """The kind of a layer. Raises TypeError with the reason where it cannot be adapted."""
-    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
-        raise TypeError(f"a {type(module).__name__} has no weight before its first forward")
+    """The kind of a layer. Raises TypeError with the reason where it has no weight that a delta could act on."""
+    _check_initialised(module)
     if isinstance(module, _ConvTransposeNd):
         raise TypeError(f"{type(module).__name__} is not supported: only convolutions that are not transposed are")
     if is_opaque(module):
@@ -181,8 +216,14 @@ def kind_of(module: nn.Module) -> Kind:
         kind = CONV
     elif _is_transposed_linear(module):
         kind = TRANSPOSED
+    elif is_norm(module):
+        if getattr(module, "weight", None) is None:
+            raise TypeError(f"this {describe(module)} has no weight")
+        kind = NORM
     else:
-        raise TypeError(f"{type(module).__name__} is not a Linear, Conv1d to Conv3d, Conv1D, Embedding or attention")
+        raise TypeError(
+            f"{type(module).__name__} is not a Linear, Conv1d to Conv3d, Conv1D, Embedding, attention or normalisation"
+        )
     if parametrize.is_parametrized(module, kind.weight_name) and not kind.stock(module):
         raise TypeError(f"this {type(module).__name__} has a parametrised weight and a forward of its own")
     weight = getattr(module, kind.weight_name)
@@ -193,22 +234,71 @@ def kind_of(module: nn.Module) -> Kind:
     return kind
 
 
-def refusal(module: nn.Module, dropout: float = 0.0) -> str | None:
-    """Why a layer cannot be adapted, with this dropout on its delta's input, or None if it can."""
+def kind_or_module(module: nn.Module) -> Kind:
+    """`kind_of`, or `MODULE` for one without a weight to act on. TypeError for a lazy module before its first call."""
+    _check_initialised(module)
     try:
-        kind = kind_of(module)
+        return kind_of(module)
+    except TypeError:
+        return MODULE
+
+
+def _check_initialised(module: nn.Module) -> None:
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        raise TypeError(f"a {type(module).__name__} has no weight before its first forward")
+
+
+def unfit(module: nn.Module, config: DeltaConfig) -> str | None:
+    """Why a configuration's deltas cannot be put on a module, whatever its dropout, or None if they can."""
+    try:
+        if config.of_output:
+            _check_initialised(module)
+            if isinstance(module, NonDynamicallyQuantizableLinear):
+                return "the attention that holds it reads its weight and never calls it; name the attention"
+            output_of(module)
+            kind = kind_or_module(module)
+        else:
+            kind = kind_of(module)
+        reason = config.refuses(kind.name, module)
+        if reason is not None:
+            name = describe(module)
+            return f"{type(config).__name__} cannot adapt {'an' if name[0] in 'AEIOU' else 'a'} {name}: {reason}"
+        if kind is NORM and not config.of_output:
+            offset(module)
     except TypeError as error:
         return str(error)
-    if dropout > 0 and not kind.droppable:
-        return f"dropout={dropout} is not possible on {describe(module)}, whose delta has no input of its own"
     return None
 
 
-def is_adaptable(module: nn.Module) -> bool:
-    """Whether ``target_modules="all"`` means this module: linear, convolution or packed attention, Embedding not.
+def undroppable(module: nn.Module, config: DeltaConfig) -> str | None:
+    """Why the configuration's dropout is not possible on a module that its deltas fit."""
+    if config.dropout == 0 or config.of_output or kind_of(module).droppable:
+        return None
+    return f"dropout={config.dropout} is not possible on {describe(module)}, whose delta has no input of its own"
+
+
+def refusal(module: nn.Module, config: DeltaConfig) -> str | None:
+    """Why a module cannot be adapted by a configuration, or None if it can."""
+    return unfit(module, config) or undroppable(module, config)
+
+
+def delta_shape(module: nn.Module, config: DeltaConfig) -> tuple[int, ...]:
+    """The shape of what the configuration's delta stands for: the weight (out, in/groups, *k), or a block's matrix."""
+    if config.of_output:
+        return (output_of(module).width,) * 2
+    return kind_of(module).shape(module)
+
+
+def is_adaptable(module: nn.Module, config: DeltaConfig) -> bool:
+    """Whether ``target_modules="all"`` means this module: a product, or a normalisation if the configuration says so.
 
     Transposed convolutions and parametrised layers count, so that a report can say why they were left alone.
     """
+    return is_product(module) or (config.of_norms and is_norm(module))
+
+
+def is_product(module: nn.Module) -> bool:
+    """A linear layer, a convolution or packed attention; Embedding not."""
     kinds = (nn.Linear, _ConvNd, nn.MultiheadAttention)
     return isinstance(module, kinds) or _is_transposed_linear(module) or is_opaque(module)
 

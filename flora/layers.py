@@ -6,7 +6,8 @@ together: forward, effective weight, merge and unmerge, enabling, state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -19,12 +20,27 @@ from torch.nn.utils import parametrize
 
 from flora import deltas as _deltas
 from flora.config import DeltaConfig
-from flora.deltas import Delta, Site
+from flora.deltas import Delta, OutputDelta, Site, WeightDelta
 from flora.effective import effective_weight
 from flora.functional import compute_dtype
 from flora.intercept import Intercept
-from flora.kinds import ATTENTION, EMBEDDING, TRANSPOSED, describe, is_adaptable, kind_of, refusal
-from flora.ops import ConvOp, Op
+from flora.kinds import (
+    ATTENTION,
+    EMBEDDING,
+    MODULE,
+    NORM,
+    TRANSPOSED,
+    delta_shape,
+    describe,
+    is_adaptable,
+    kind_or_module,
+    refusal,
+    undroppable,
+    unfit,
+)
+from flora.norms import norm_op, offset
+from flora.ops import LINEAR, ConvOp, Op
+from flora.outputs import output_of
 
 _Parameters = dict[str, nn.Parameter | None]
 
@@ -38,7 +54,8 @@ class AdaptedLayer(nn.Module):
     ----------
     base_layer
         Linear, Conv1d to Conv3d, Embedding, MultiheadAttention (its packed input projection), transformers' Conv1D, a
-        subclass of one of them, or a quantised linear layer. Its own parameters are frozen.
+        subclass of one of them, a quantised linear layer or a normalisation; for a block after it, any module. Its own
+        parameters are frozen.
     name
         the module's dotted name in its model, for messages.
 
@@ -58,7 +75,7 @@ class AdaptedLayer(nn.Module):
         the *effective* weight W + s·ΔW in the base's dtype and orientation, differentiable (``in_proj_weight`` on an
         attention), since some modules read it instead of calling the layer. `base_layer.weight` is the frozen one.
 
-    Raises TypeError, naming the module, for a layer that cannot be adapted.
+    Raises TypeError, naming the module, for a lazy one that has no weight yet. Whether a delta fits, `add_delta` says.
     """
 
     base_layer: nn.Module
@@ -70,12 +87,14 @@ class AdaptedLayer(nn.Module):
     def __init__(self, base_layer: nn.Module, *, name: str = "") -> None:
         super().__init__()
         try:
-            kind = kind_of(base_layer)
+            kind = kind_or_module(base_layer)
         except TypeError as error:
             raise TypeError(f"{name or describe(base_layer)} cannot be adapted: {error}") from None
         self.name = name
         self._kind = kind
         self._active: tuple[str, ...] = ()
+        self._of_weight: tuple[str, ...] = ()  # the active ones by what they act on
+        self._of_output: tuple[str, ...] = ()
         self._enabled = True
         self._original: _Parameters = {}  # the frozen weight and bias while merged; a plain dict, to stay unregistered
         self._combined: _Parameters = {}  # the merged ones
@@ -86,7 +105,7 @@ class AdaptedLayer(nn.Module):
         self.training = base_layer.training
         self._merge_again = False  # set while a state is loaded into a merged layer
         self.register_load_state_dict_post_hook(_merge_again)  # type: ignore[no-untyped-call]
-        for parameter in base_layer.parameters(recurse=kind is not ATTENTION):
+        for parameter in base_layer.parameters(recurse=kind not in (ATTENTION, MODULE)):
             parameter.requires_grad_(False)
 
     # Deltas ---------------------------------------------------------------------------------------------------------
@@ -94,25 +113,24 @@ class AdaptedLayer(nn.Module):
     def add_delta(self, adapter: str, config: DeltaConfig, *, trainable: bool = True) -> Delta:
         """Builds the delta of ``config`` under the name ``adapter``; it is not active before `set_active`.
 
-        Raises ValueError, naming the module, for a name that is taken or unfit, ranks that do not fit, or dropout on
-        a layer that has no single input (packed attention, Embedding).
+        Raises TypeError, naming the module, if such a delta cannot be put on it; ValueError for a name that is taken or
+        unfit, ranks that do not fit, or dropout on a layer whose delta has no input of its own (packed attention,
+        Embedding, normalisation).
         """
         check_adapter_name(adapter)
         if adapter in self.deltas:
             raise ValueError(f"{self._label}: there is already an adapter named {adapter!r}")
-        reason = refusal(self.base_layer, config.dropout)
+        reason = unfit(self.base_layer, config)
+        if reason is not None:
+            raise TypeError(f"{self._label} cannot be adapted: {reason}")
+        reason = undroppable(self.base_layer, config)
         if reason is not None:
             raise ValueError(f"{self._label}: {reason}")
-        weight = None if self._kind.opaque else self._base_weight()
-        site = Site(
-            self.shape,
-            torch.float32 if weight is None else compute_dtype(weight.dtype),
-            self._device() if weight is None else weight.device,
-            None if weight is None else self._kind.turned(weight),
-            self._label,
-            self._kind is TRANSPOSED,
-        )
-        delta = _deltas.build(config, site)
+        delta = _deltas.build(config, site_of(self.base_layer, config, self._label))
+        if isinstance(delta, WeightDelta) and not self._kind.shiftable and delta.bias_update(None) is not None:
+            raise TypeError(
+                f"{self._label} cannot be adapted: the bias of {describe(self.base_layer)} cannot be updated"
+            )
         delta.set_trainable(trainable)
         delta.train(self.training)
         self.deltas[adapter] = delta
@@ -123,7 +141,7 @@ class AdaptedLayer(nn.Module):
         self._known(adapter)
         if self.merged and adapter in self._active:
             raise RuntimeError(f"{self._label}: adapter {adapter!r} is merged; unmerge first")
-        self._active = tuple(n for n in self._active if n != adapter)
+        self._activate(tuple(n for n in self._active if n != adapter))
         del self.deltas[adapter]
 
     @property
@@ -137,17 +155,29 @@ class AdaptedLayer(nn.Module):
             self._known(adapter)
         if self.merged and names != self._active:
             raise RuntimeError(f"{self._label}: adapters {list(self._active)} are merged; unmerge first")
+        self._activate(names)
+
+    def _activate(self, names: tuple[str, ...]) -> None:
         self._active = names
+        self._of_output = tuple(n for n in names if isinstance(self.deltas[n], OutputDelta))
+        self._of_weight = tuple(n for n in names if n not in self._of_output)
 
     def _known(self, adapter: str) -> None:
         if adapter not in self.deltas:
             raise KeyError(f"{self._label}: no adapter named {adapter!r}; there are {sorted(self.deltas)}")
 
-    def _in_use(self) -> list[Delta]:
-        if not self._enabled or self._original:
-            return []
-        deltas = self._modules["deltas"]._modules  # type: ignore[union-attr]
-        return [deltas[n] for n in self._active]  # type: ignore[misc]
+    def _in_use(self) -> bool:
+        """Whether active deltas have to be computed with: not while they are merged or switched off."""
+        return bool(self._active) and self._enabled and not self._original
+
+    def _deltas(self) -> list[WeightDelta]:
+        """The active ones of the weight."""
+        deltas: dict[str, Any] = self._modules["deltas"]._modules  # type: ignore[union-attr]
+        return [deltas[n] for n in self._of_weight]
+
+    def _blocks(self) -> list[OutputDelta]:
+        """The active ones of the output."""
+        return [self.deltas[n] for n in self._of_output]  # type: ignore[misc]
 
     @property
     def _label(self) -> str:
@@ -158,25 +188,58 @@ class AdaptedLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the base layer returns for these arguments, with the active deltas on top; shapes are the base's."""
         base: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]
-        deltas = self._in_use()
-        if not deltas:
+        if not self._in_use():
             return base(*args, **kwargs)
         if self.training or torch.is_grad_enabled():  # reentrant checkpointing trains with gradients off at first
             self.__dict__["reached"] = True
-        kind = self._kind
+        if not self._of_output:
+            return self._weight_forward(base, args, kwargs)
+        y = self._weight_forward(base, args, kwargs) if self._of_weight else base(*args, **kwargs)
+        for block in self._blocks():
+            y = self._with_block(y, block)
+        return y
+
+    def _weight_forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The base with the active deltas of its weight and bias."""
+        deltas, kind = self._deltas(), self._kind
         if kind.opaque:
             return self._opaque_forward(deltas, *args, **kwargs)
         if len(args) == 1 and not kwargs and kind.stock(base) and not _has_hooks(base):
             weight: Tensor = _held(base, "weight")
             if kind is EMBEDDING:
                 return self._embed(args[0], weight, base.padding_idx, deltas)  # type: ignore[arg-type]
-            return self._call(kind.op(base), args[0], kind.turned(weight), _held(base, "bias"), deltas)
+            bias = _shifted(_held(base, "bias"), deltas, weight.dtype)
+            if kind is NORM:
+                return norm_op(base).base(args[0], self._effective(weight, deltas), bias)
+            return self._call(kind.op(base), args[0], kind.turned(weight), bias, deltas)
         return self._foreign_forward(deltas, args, kwargs)
 
+    def _with_block(self, output: Any, block: OutputDelta) -> Any:
+        """A module's output with the block on it, or on its first element: of a tuple, list or transformers' output."""
+        try:
+            if isinstance(output, Tensor):
+                return block.applied(output)
+            if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+                items = [block.applied(output[0]), *output[1:]]
+                return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+            if isinstance(output, MutableMapping) and output:
+                first, y = next(iter(output.items()))
+                if isinstance(y, Tensor):
+                    output = copy.copy(output)  # of its own class
+                    output[first] = block.applied(y)
+                    return output
+        except Exception as error:
+            error.add_note(f"in the block after {self._label}")
+            raise
+        raise TypeError(f"{self._label}: a block acts on a tensor, or on the first of several, not on {type(output)}")
+
     def _call(
-        self, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[Delta], drop: bool = True
+        self, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[WeightDelta], drop: bool = True
     ) -> Tensor:
-        """The stock operation with every delta on top: the first in the base's own node, the others added to it."""
+        """The stock operation with every delta on top: the first in the base's own node, the others added to it.
+
+        ``bias`` has the deltas' shift already.
+        """
         try:
             conv = isinstance(op, ConvOp)
             unbatched = conv and x.ndim == weight.ndim - 1
@@ -184,7 +247,6 @@ class AdaptedLayer(nn.Module):
                 x = x.unsqueeze(0)
             if x.ndim == 0 or (conv and x.ndim != weight.ndim):
                 return op.base(x, weight, bias)  # which raises PyTorch's own error
-            bias = _shifted(bias, deltas, weight.dtype)
             y = deltas[0].adapted(op, x, weight, bias, deltas[0].dropout if drop else 0.0)
             for delta in deltas[1:]:
                 y = y + delta.update(op, x, weight, delta.dropout if drop else 0.0).to(y.dtype)
@@ -195,7 +257,7 @@ class AdaptedLayer(nn.Module):
             error.add_note(f"in {self._label}: input {given}, weight {tuple(weight.shape)} of {weight.dtype}")
             raise
 
-    def _embed(self, ids: Tensor, weight: Tensor, padding_idx: int | None, deltas: Sequence[Delta]) -> Tensor:
+    def _embed(self, ids: Tensor, weight: Tensor, padding_idx: int | None, deltas: Sequence[WeightDelta]) -> Tensor:
         base: nn.Embedding = self.base_layer  # type: ignore[assignment]
         y = F.embedding(ids, weight, padding_idx, None, 2.0, base.scale_grad_by_freq, base.sparse)
         if padding_idx is not None and padding_idx < 0:
@@ -205,13 +267,13 @@ class AdaptedLayer(nn.Module):
             y = (y.to(rows.dtype) + rows).to(y.dtype)
         return y
 
-    def _opaque_forward(self, deltas: Sequence[Delta], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _opaque_forward(self, deltas: Sequence[WeightDelta], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         y = self.base_layer(x, *args, **kwargs)
         for delta in deltas:
-            y = y + delta.update(self._kind.op(self.base_layer), x, None, delta.dropout).to(y.dtype)
+            y = y + delta.update(LINEAR, x, None, delta.dropout).to(y.dtype)
         return y
 
-    def _foreign_forward(self, deltas: Sequence[Delta], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _foreign_forward(self, deltas: Sequence[WeightDelta], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The base's own forward (hooks included) with the deltas put in by `Intercept`."""
         base, grad = self.base_layer, torch.is_grad_enabled()
         y, watch = self._watched(deltas, args, kwargs)
@@ -223,6 +285,8 @@ class AdaptedLayer(nn.Module):
                 f"used its {self._kind.weight_name} only where gradients are off (in an autograd.Function of its own, "
                 "perhaps), so the delta could not learn"
             )
+        elif not watch.shifted and any(delta.bias_update(watch.bias) is not None for delta in deltas):
+            problem = "never used its bias, so the delta's update of it would have no effect (bias=False has none)"
         if problem is not None:
             raise RuntimeError(
                 f"{self._label}: the forward of {describe(base)} {problem}; leave this module out (exclude_modules)"
@@ -232,7 +296,7 @@ class AdaptedLayer(nn.Module):
         return y
 
     def _watched(
-        self, deltas: Sequence[Delta], args: tuple[Any, ...], kwargs: dict[str, Any], drop: bool = True
+        self, deltas: Sequence[WeightDelta], args: tuple[Any, ...], kwargs: dict[str, Any], drop: bool = True
     ) -> tuple[Any, Intercept]:
         """The base's output with the deltas in it, and what became of its weight on the way."""
         base, name = self.base_layer, self._kind.weight_name
@@ -253,12 +317,17 @@ class AdaptedLayer(nn.Module):
             def is_weight(tensor: Tensor) -> bool:
                 return tensor is computed or tensor is base._parameters.get(name) or tensor is base.__dict__.get(name)
 
-            watch = Intercept(self._label, is_weight, self._kind.turned, stock, embedding, effective)
+            def shift(bias: Tensor | None) -> Tensor | None:
+                return _shifted(bias, deltas, self._base_weight().dtype)
+
+            own = base._parameters.get("bias", base.__dict__.get("bias"))
+            bias = own if isinstance(own, Tensor) else None
+            watch = Intercept(self._label, is_weight, self._kind.turned, stock, embedding, effective, bias, shift)
             with watch:
                 y = base(*args, **kwargs)
         return y, watch
 
-    def _dropped_forward(self, deltas: Sequence[Delta], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _dropped_forward(self, deltas: Sequence[WeightDelta], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """f(x; W) + Σ f(x̃; W + s·ΔW) - f(x̃; W) on dropped x̃: dropout for a forward f that uses its weight freely.
 
         The delta sees x̃ and the base x, whatever f does besides, and with ΔW = 0 it is the base's output exactly.
@@ -276,11 +345,7 @@ class AdaptedLayer(nn.Module):
         weight: Tensor = getattr(self.base_layer, self._kind.weight_name)
         return weight
 
-    def _device(self) -> torch.device:
-        tensors = [*self.base_layer.parameters(), *self.base_layer.buffers()]
-        return tensors[0].device if tensors else torch.device("cpu")
-
-    def _effective(self, weight: Tensor, deltas: Sequence[Delta]) -> Tensor:
+    def _effective(self, weight: Tensor, deltas: Sequence[WeightDelta]) -> Tensor:
         """W + Σ s·ΔW in W's orientation and dtype, summed above half precision and rounded once."""
         turned = self._kind.turned(weight)
         if len(deltas) == 1:
@@ -296,11 +361,16 @@ class AdaptedLayer(nn.Module):
             total = total.index_copy(0, row, weight[row])
         return self._kind.turned(total)
 
-    def _read_weight(self, deltas: Sequence[Delta]) -> Tensor:
-        """The effective weight as an attribute, computed when its values are first used."""
+    def _read_weight(self, deltas: Sequence[WeightDelta], overridable: bool) -> Tensor:
+        """The effective weight as an attribute, computed when its values are first used.
+
+        ``overridable`` keeps PyTorch's own modules from their fast paths, which read weights and call no layer.
+        """
         weight = self._base_weight()
 
         def compute() -> Tensor:
+            if not deltas:
+                return weight
             if torch.is_grad_enabled():
                 self.__dict__["reached"] = True
             return self._effective(weight, deltas)
@@ -308,7 +378,7 @@ class AdaptedLayer(nn.Module):
         if torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter):
             return compute()
         learns = weight.requires_grad or any(p.requires_grad for delta in deltas for p in delta.parameters())
-        return effective_weight(weight, learns and torch.is_grad_enabled(), compute)
+        return effective_weight(weight, learns and torch.is_grad_enabled(), compute, overridable)
 
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})
@@ -321,9 +391,10 @@ class AdaptedLayer(nn.Module):
             if base is None:
                 raise
         if (name == self._kind.weight_name and not self._kind.opaque) or name == "bias":
-            deltas = self._in_use()
-            if deltas and name != "bias":
-                return self._read_weight(deltas)
+            used = self._in_use()
+            deltas = self._deltas() if used else []
+            if used and name != "bias":
+                return self._read_weight(deltas, overridable=bool(self._of_output))
             if deltas and "bias" in base._parameters:
                 return _shifted(getattr(base, name), deltas, self._base_weight().dtype)
         try:
@@ -358,8 +429,18 @@ class AdaptedLayer(nn.Module):
 
     def check_mergeable(self) -> str | None:
         """Why the active deltas cannot be merged into the base, or None if they can."""
-        base, name = self.base_layer, self._kind.weight_name
-        if self._kind.opaque:
+        base, kind, name = self.base_layer, self._kind, self._kind.weight_name
+        deltas, blocks = self._deltas(), self._blocks()
+        for block in blocks:
+            reason = block.unmergeable()
+            if reason is not None:
+                return f"the block after it cannot be taken into a weight: {reason}"
+        stock = kind.stock(base) and not base._forward_hooks
+        if blocks and not (stock and kind.name in ("linear", "conv")):
+            return f"the block after this {describe(base)} could only be taken into a plain Linear or convolution"
+        if blocks and getattr(base, "groups", 1) != 1:
+            return f"the block after it mixes its {base.groups} groups, which no weight of a {describe(base)} does"
+        if kind.opaque:
             return f"the weight of {describe(base)} is quantised or packed"
         if parametrize.is_parametrized(base, name):
             return f"its {name} is parametrised and computed at every access"
@@ -368,6 +449,9 @@ class AdaptedLayer(nn.Module):
             return f"its {name} is not a parameter but set anew in each forward (weight_norm or another hook)"
         if parameter.is_meta:
             return f"its {name} is on the meta device"
+        shifts = any(delta.bias_update(None) is not None for delta in deltas)
+        if shifts and not kind.stock(base) and base._parameters.get("bias") is None:
+            return "it has no bias, and whether its own forward would add one is not known (bias=False has no shift)"
         return None
 
     def merge(self) -> None:
@@ -384,15 +468,22 @@ class AdaptedLayer(nn.Module):
             reason = "no adapter is active"
         if reason is not None:
             raise RuntimeError(f"{self._label} cannot be merged: {reason}")
-        deltas: list[Delta] = [self.deltas[n] for n in self._active]  # type: ignore[misc]
+        deltas, blocks = self._deltas(), self._blocks()
         own = self.base_layer._parameters
         weight, bias = own[self._kind.weight_name], own.get("bias")
         assert weight is not None
         with torch.no_grad():
-            combined: _Parameters = {self._kind.weight_name: _frozen(self._effective(weight, deltas))}
-            shifted = _shifted(bias, deltas, weight.dtype)
+            total = self._effective(weight if not blocks else weight.to(compute_dtype(weight.dtype)), deltas)
+            shifted = _shifted(bias, deltas, total.dtype)
+            if blocks:
+                total = self._kind.turned(total)
+                shifted = None if shifted is None else shifted.to(total.dtype)
+                for block in blocks:
+                    total, shifted = block.merged(total, shifted)
+                total = self._kind.turned(total).to(weight.dtype)
+            combined: _Parameters = {self._kind.weight_name: _frozen(total)}
             if shifted is not bias and shifted is not None:
-                combined["bias"] = _frozen(shifted)
+                combined["bias"] = _frozen(shifted.to(weight.dtype if bias is None else bias.dtype))
         self._original, self._combined = {name: own.get(name) for name in combined}, combined
         self._install()
 
@@ -470,16 +561,21 @@ class AdaptedLayer(nn.Module):
         return parameter
 
     def plan_of(self, adapter: str) -> str:
-        """How the layer computes with this adapter: its plan, "own forward", "opaque" or "lookup"."""
+        """How the layer computes with this adapter: its plan, "own forward", "opaque", "lookup" or "block"."""
         self._known(adapter)
         base, kind = self.base_layer, self._kind
+        delta = self.deltas[adapter]
+        if isinstance(delta, OutputDelta):
+            return "block"
         if kind.opaque:
             return "opaque"
         if kind is EMBEDDING:
             return "lookup"
         if not kind.stock(base) or _has_hooks(base):
             return "own forward"
-        delta: Delta = self.deltas[adapter]  # type: ignore[assignment]
+        if kind is NORM:
+            return "merged"
+        assert isinstance(delta, WeightDelta)
         plan: str = delta.config.plan
         return plan
 
@@ -506,11 +602,34 @@ def _dropped(args: tuple[Any, ...], kwargs: dict[str, Any], dropout: float) -> t
     return args, kwargs
 
 
-def _shifted(bias: Tensor | None, deltas: Sequence[Delta], dtype: torch.dtype) -> Tensor | None:
+def site_of(module: nn.Module, config: DeltaConfig, name: str) -> Site:
+    """What a delta of ``config`` has to know of the unadapted module, which it fits."""
+    kind, shape = kind_or_module(module), delta_shape(module, config)
+    held = [*module.parameters(), *module.buffers()]
+    device = held[0].device if held else torch.device("cpu")
+    dtype = compute_dtype(next((t.dtype for t in held if t.is_floating_point()), torch.float32))
+    if config.of_output:
+        return Site(shape, dtype, device, name=name, output=output_of(module))
+    if kind.opaque:
+        return Site(shape, torch.float32, device, name=name)
+    weight: Tensor = getattr(module, kind.weight_name)
+    return Site(
+        shape,
+        compute_dtype(weight.dtype),
+        weight.device,
+        kind.turned(weight),
+        name,
+        kind is TRANSPOSED,
+        "bias" in module._parameters,
+        offset(module) if kind is NORM else None,
+    )
+
+
+def _shifted(bias: Tensor | None, deltas: Sequence[WeightDelta], dtype: torch.dtype) -> Tensor | None:
     """The bias with what the deltas add to it, summed above half precision and rounded once to the weight's dtype."""
     total: Tensor | None = None
     for delta in deltas:
-        shift = delta.bias_update()
+        shift = delta.bias_update(bias)
         if shift is not None:
             total = shift if total is None else total + shift
     if total is None:
@@ -529,9 +648,9 @@ def _merge_again(layer: nn.Module, incompatible_keys: Any) -> None:
 
 
 def _held(module: nn.Module, name: str) -> Any:
-    """An attribute that is a parameter as a rule, and then found without nn.Module's slow __getattr__."""
+    """An attribute that is a parameter as a rule, found without nn.Module's slow __getattr__; None if there is none."""
     parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name)
+    return parameters[name] if name in parameters else getattr(module, name, None)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -561,7 +680,7 @@ def alone(config: DeltaConfig) -> DeltaConfig:
 
 
 def wrap(module: nn.Module, config: DeltaConfig, name: str = "default") -> AdaptedLayer:
-    """One layer with one delta on it, drop-in; the layer is frozen.
+    """One layer with one delta on it, drop-in; the layer is frozen, but for deltas that are in it already.
 
     Raises TypeError for a layer that cannot be adapted, ValueError for ranks that do not fit its weight.
 
@@ -569,6 +688,7 @@ def wrap(module: nn.Module, config: DeltaConfig, name: str = "default") -> Adapt
     """
     if isinstance(module, AdaptedLayer):
         raise TypeError(f"{module.name or describe(module.base_layer)} is adapted already; use add_delta")
+    inner = {id(p) for m in module.modules() if isinstance(m, Delta) for p in m.parameters()}
     state = [(p, p.requires_grad) for p in module.parameters()]
     layer = AdaptedLayer(module)
     try:
@@ -578,6 +698,7 @@ def wrap(module: nn.Module, config: DeltaConfig, name: str = "default") -> Adapt
             parameter.requires_grad_(flag)
         raise
     for parameter in module.parameters():
-        parameter.requires_grad_(False)
+        if id(parameter) not in inner:
+            parameter.requires_grad_(False)
     layer.set_active([name])
     return layer

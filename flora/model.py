@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from flora import base_dtype as half
 from flora.config import DeltaConfig
 from flora.deltas import Delta
-from flora.kinds import is_adaptable
+from flora.kinds import is_product
 from flora.layers import AdaptedLayer, check_adapter_name
 from flora.saved import SavedModule
 from flora.targets import Configs, Place, Selection, Target, distinct, inside, places, select
@@ -168,7 +168,7 @@ def check_model(model: nn.Module) -> None:
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, AdaptedLayer):
         raise ValueError("the model is a single layer that is adapted already; use its add_delta")
-    if is_adaptable(model) or next(model.children(), None) is None:
+    if is_product(model) or next(model.children(), None) is None:
         raise ValueError(f"the model is a single {type(model).__name__}; use flora.wrap(layer, config)")
 
 

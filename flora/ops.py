@@ -5,7 +5,7 @@ Nothing here builds a graph of its own, and nothing knows a parametrisation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -163,6 +163,19 @@ def _pixels(op: ConvOp, x: tuple[int, ...], weight: tuple[int, ...]) -> tuple[in
         inside *= extent
         outside *= max(0, extent + op.padding[2 * i] + op.padding[2 * i + 1] - reach) // op.stride[i] + 1
     return op.groups, inside, outside
+
+
+class NormOp(NamedTuple):
+    """`torch.nn.functional.layer_norm`, ``rms_norm`` (which has no bias) or ``group_norm``, of weight and bias (d,)."""
+
+    function: Callable[..., Tensor]
+    extents: int | Sequence[int]
+    """The normalised shape, or the number of groups."""
+    eps: float | None
+
+    def base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        affine = (weight,) if self.function is F.rms_norm else (weight, bias)
+        return self.function(x, self.extents, *affine, self.eps)
 
 
 LINEAR = LinearOp()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from flora.kinds import describe, kind_of, refusal
+from flora.kinds import describe, is_opaque, kind_of
 from flora.model import adapted_layers, base_parameters, saved_modules, state_of
 from flora.targets import distinct, places
 
@@ -28,11 +28,11 @@ class LayerRow:
     kind: str
     """The class of the base layer."""
     shape: tuple[int, ...]
-    """Of the weight, (out, in / groups, k…); empty for a module trained whole."""
+    """Of the weight, (out, in / groups, k…), or of a block's matrix; empty for a module trained whole."""
     ranks: tuple[int, ...]
     """Of every mode; empty where the delta has none."""
     plan: str
-    """How the layer computes; "trained whole" for a module of ``modules_to_save``."""
+    """How the layer computes; "block" for one after it, "trained whole" for a module of ``modules_to_save``."""
     scale: float
     strength: float
     """The weight that `flora.set_adapter` gave the adapter."""
@@ -145,7 +145,7 @@ def summary(model: nn.Module) -> Summary:
                     adapter=adapter,
                     method=delta.config.method,
                     kind=describe(layer.base_layer),
-                    shape=tuple(layer.shape),
+                    shape=tuple(delta.shape),
                     ranks=tuple(getattr(delta, "ranks", ())),
                     plan=layer.plan_of(adapter),
                     scale=delta.scale,
@@ -193,8 +193,7 @@ def summary(model: nn.Module) -> Summary:
 
 def _base_parameters(model: nn.Module) -> int:
     """A packed weight may be no parameter at all, or one of fewer and wider numbers than it stands for."""
-    layers = [target.original for target in distinct(places(model)) if refusal(target.original) is None]
-    opaque = [layer for layer in layers if kind_of(layer).opaque]
+    opaque = [target.original for target in distinct(places(model)) if is_opaque(target.original)]
     packed = {id(layer._parameters.get("weight")) for layer in opaque}
     plain = {id(p): p for _, p in base_parameters(model) if id(p) not in packed}
     return _count(plain.values()) + sum(math.prod(kind_of(layer).shape(layer)) for layer in opaque)

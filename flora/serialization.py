@@ -27,7 +27,7 @@ from flora import base_dtype as half
 from flora.config import DeltaConfig, TuckerConfig
 from flora.deltas import Delta
 from flora.folders import inner_file, recover, replace_folder
-from flora.kinds import kind_of
+from flora.kinds import delta_shape
 from flora.layers import check_adapter_name
 from flora.model import Adapter, adapted_layers, check_adapter, check_model, disabled, install, saved_modules, state_of
 from flora.targets import Configs, by_pattern, inside, places, select_named
@@ -47,7 +47,7 @@ class LayerEntry:
     """What a file says of one adapted layer."""
 
     shape: tuple[int, ...]
-    """Of its weight, (out, in / groups, k…)."""
+    """Of its weight, (out, in / groups, k…), or of its block's matrix."""
     ranks: tuple[int, ...]
     """Of every mode; empty for a delta that has none."""
     scale: float
@@ -134,7 +134,7 @@ def _contents(model: nn.Module, name: str, adapter: Adapter, hashes: bool) -> di
     for where, layer in layers.items():
         delta = cast(Delta, layer.deltas[name])
         modules[where] = {
-            "shape": list(layer.shape),
+            "shape": list(delta.shape),
             "ranks": list(getattr(delta, "ranks", ())),
             "scale": float(delta.scale),
             "pattern": adapter.patterns.get(where, ""),
@@ -493,7 +493,8 @@ def _load_folder(
         differing = _compare_bases(model, file, base_dtype)
         selection = select_named(model, layers, file.saved)
         for target in selection.layers:
-            shape, entry = tuple(kind_of(target.original).shape(target.original)), file.layers[target.name]
+            assert target.config is not None
+            shape, entry = delta_shape(target.original, target.config), file.layers[target.name]
             if shape != entry.shape:
                 raise ValueError(f"{target.name}: its weight is {shape}, the adapter is for {entry.shape}")
         fill = filler(file.tensors, {key: entry.scale for key, entry in file.layers.items()})

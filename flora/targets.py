@@ -13,14 +13,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from flora.config import DeltaConfig, Targets, is_suffix, matches
-from flora.kinds import describe, is_adaptable, refusal
+from flora.kinds import describe, is_adaptable, refusal, unfit
 from flora.layers import AdaptedLayer
+from flora.outputs import NEVER_CALLED
 from flora.saved import SavedModule
 
 Configs = DeltaConfig | Mapping[str, DeltaConfig]
 
 _LONGEST_ADVICE = 100  # characters of a regex that a message proposes
-_NOT_SAVED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 @dataclass(frozen=True)
@@ -146,14 +146,17 @@ def select(model: nn.Module, config: Configs) -> Selection:
     left_alone: dict[str, tuple[str, str]] = {}
     for pattern, own in configs.items():
         what, wanted = (f"pattern={pattern!r}", pattern) if pattern else _shown("target_modules", own.target_modules)
-        found = _pattern_matches(pattern, candidates) if pattern else _matches(what, own.target_modules, candidates)
-        _check_layers(what, wanted, found, candidates)
+        if pattern:
+            found = _pattern_matches(pattern, candidates, own)
+        else:
+            found = _matches(what, own.target_modules, candidates, own)
+        _check_layers(what, wanted, found, candidates, own)
         excluded = _excluded(own, candidates)
         chosen: list[str] = []
         for target in found:
             if target.name in layers or target.any(lambda name: inside(name, saved_names)):
                 continue
-            reason = "it is excluded" if target.name in excluded else _refusal(target, closed, own.dropout)
+            reason = "it is excluded" if target.name in excluded else _refusal(target, closed, own)
             if reason is None:
                 layers[target.name] = replace(target, config=own.for_module(target.name), pattern=pattern)
                 chosen.append(target.name)
@@ -165,7 +168,7 @@ def select(model: nn.Module, config: Configs) -> Selection:
             reasons = sorted({reason for _, reason in left_alone.values()})
             raise ValueError(f"{what} leaves nothing to adapt" + (f": {'; '.join(reasons)}" if reasons else ""))
         _check_patterns(own, chosen)
-    _sweep(left_alone, candidates, layers, saved_names, closed)
+    _sweep(left_alone, candidates, layers, saved_names, closed, configs.values())
     return Selection(list(layers.values()), saved, left_alone)
 
 
@@ -185,7 +188,8 @@ def select_named(model: nn.Module, layers: Mapping[str, tuple[DeltaConfig, str]]
     for name in (*layers, *saved):
         if name not in by_name:
             raise ValueError(f"the model has no module {name!r}{near_misses(name, by_name)}")
-        reason = _unsavable(by_name[name], closed) if name in saved else _refusal(by_name[name], closed)
+        target = by_name[name]
+        reason = _unsavable(target, closed) if name in saved else _refusal(target, closed, layers[name][0])
         if reason is not None:
             raise ValueError(f"{name}: it is in the file, but {reason}")
     whole = [replace(by_name[name], name=name) for name in saved]
@@ -196,7 +200,8 @@ def select_named(model: nn.Module, layers: Mapping[str, tuple[DeltaConfig, str]]
             raise ValueError(f"{name}: the file adapts it and trains it whole, too")
         chosen.append(replace(by_name[name], name=name, config=config, pattern=pattern))
     left_alone: dict[str, tuple[str, str]] = {}
-    _sweep(left_alone, candidates, {by_name[name].name for name in layers}, saved_names, closed)
+    kinds = {type(config): config for config, _ in layers.values()}
+    _sweep(left_alone, candidates, {by_name[name].name for name in layers}, saved_names, closed, kinds.values())
     return Selection(chosen, whole, left_alone)
 
 
@@ -238,13 +243,15 @@ def _sweep(
     chosen: Collection[str],
     saved: Collection[str],
     closed: Collection[str],
+    configs: Iterable[DeltaConfig],
 ) -> None:
     """Add to ``left_alone`` every module with a weight of its own that is neither chosen nor saved."""
     for target in candidates:
         known = target.name in chosen or target.any(lambda name: inside(name, saved))
         if not known and _has_weight(target.original):
-            reason = _refusal(target, closed) or "it was not named"
-            left_alone.setdefault(target.name, (describe(target.original), reason))
+            reasons = [_closed_reason(target, closed) or unfit(target.original, config) for config in configs]
+            reason = "it was not named" if None in reasons else reasons[0]
+            left_alone.setdefault(target.name, (describe(target.original), str(reason)))
 
 
 def _shown(what: str, targets: Targets) -> tuple[str, Targets]:
@@ -252,13 +259,13 @@ def _shown(what: str, targets: Targets) -> tuple[str, Targets]:
     return f"{what}={value}", targets
 
 
-def _matches(what: str, targets: Targets, candidates: list[Target]) -> list[Target]:
-    """The candidates that a selection means; ValueError if it, or one of its names, means none."""
+def _matches(what: str, targets: Targets, candidates: list[Target], config: DeltaConfig | None = None) -> list[Target]:
+    """The candidates that a selection means, "all" by its configuration; ValueError if it or one name means none."""
     names = [target.name for target in candidates if _has_weight(target.original)]
     if callable(targets):
         found = [target for target in candidates if any(targets(p.name, p.original) for p in target.places)]
     elif targets == "all":
-        found = [target for target in candidates if is_adaptable(target.original)]
+        found = [target for target in candidates if config is not None and is_adaptable(target.original, config)]
     elif isinstance(targets, str):
         found = [target for target in candidates if target.any(partial(_is_whole, targets))]
     else:
@@ -283,9 +290,9 @@ def _is_whole(pattern: str, name: str) -> bool:
     return re.fullmatch(pattern, name) is not None
 
 
-def _pattern_matches(pattern: str, candidates: list[Target]) -> list[Target]:
+def _pattern_matches(pattern: str, candidates: list[Target], config: DeltaConfig) -> list[Target]:
     if pattern == "all":
-        return _matches("pattern='all'", "all", candidates)
+        return _matches("pattern='all'", "all", candidates, config)
     found = [target for target in candidates if target.any(partial(matches, pattern))]
     if not found:
         names = [target.name for target in candidates if _has_weight(target.original)]
@@ -298,7 +305,7 @@ def _excluded(config: DeltaConfig, candidates: list[Target]) -> set[str]:
     if config.exclude_modules is None:
         return set()
     what, targets = _shown("exclude_modules", config.exclude_modules)
-    heads = {place.name for target in _matches(what, targets, candidates) for place in target.places}
+    heads = {place.name for target in _matches(what, targets, candidates, config) for place in target.places}
     return {target.name for target in candidates if target.any(lambda name: inside(name, heads))}
 
 
@@ -317,7 +324,7 @@ def _saved(wanted: list[str], candidates: list[Target], closed: Collection[str])
 
 def _unsavable(target: Target, closed: Collection[str]) -> str | None:
     module = target.original
-    if isinstance(module, _NOT_SAVED):
+    if isinstance(module, NEVER_CALLED):
         return f"a {describe(module)} is never called; name the modules in it"
     if not any(True for _ in module.parameters()):
         return f"this {describe(module)} has no parameters"
@@ -335,13 +342,17 @@ def _check_patterns(config: DeltaConfig, chosen: list[str]) -> None:
                 raise ValueError(f"{what}={pattern!r} matches no adapted module{near_misses(pattern, chosen)}")
 
 
-def _refusal(target: Target, closed: Collection[str], dropout: float = 0.0) -> str | None:
-    if target.any(lambda name: inside(name, closed)):
-        return "another adapter trains it whole"
-    return refusal(target.original, dropout)
+def _refusal(target: Target, closed: Collection[str], config: DeltaConfig) -> str | None:
+    return _closed_reason(target, closed) or refusal(target.original, config)
 
 
-def _check_layers(what: str, wanted: Targets, found: Sequence[Target], candidates: Sequence[Target]) -> None:
+def _closed_reason(target: Target, closed: Collection[str]) -> str | None:
+    return "another adapter trains it whole" if target.any(lambda name: inside(name, closed)) else None
+
+
+def _check_layers(
+    what: str, wanted: Targets, found: Sequence[Target], candidates: Sequence[Target], config: DeltaConfig
+) -> None:
     """Raises ValueError for a name or pattern that only modules without a weight of their own have."""
     if wanted == "all":
         return
@@ -349,16 +360,16 @@ def _check_layers(what: str, wanted: Targets, found: Sequence[Target], candidate
     if not isinstance(wanted, str) and not callable(wanted):
         groups = [[target for target in found if target.any(partial(is_suffix, suffix))] for suffix in wanted]
     for hits in groups:
-        if not any(_has_weight(target.original) or refusal(target.original) is None for target in hits):
-            reason = _held(hits[0], candidates) or refusal(hits[0].original)
+        if not any(_has_weight(target.original) or unfit(target.original, config) is None for target in hits):
+            reason = _held(hits[0], candidates, config) or unfit(hits[0].original, config)
             raise ValueError(f"{hits[0].name}: {what} names it, but {reason}")
 
 
-def _held(container: Target, candidates: Iterable[Target]) -> str | None:
+def _held(container: Target, candidates: Iterable[Target], config: DeltaConfig) -> str | None:
     """What to name instead of a container; None if it holds no layer that can be adapted."""
     inner = {place.name: place.original for target in candidates for place in target.places}
     inner = {name: module for name, module in inner.items() if name.startswith(f"{container.name}.")}
-    layers = [name for name, module in inner.items() if is_adaptable(module) and refusal(module) is None]
+    layers = [name for name, module in inner.items() if is_adaptable(module, config) and unfit(module, config) is None]
     others = [name for name, module in inner.items() if name not in layers and _has_weight(module)]
     if not layers:
         return None

@@ -18,8 +18,8 @@ FILES = sorted(GOLDEN.glob("flora_*.npz"))
 BOUND = {torch.float64: 1e-10, torch.float32: 2e-5}
 
 
-def load(path, dtype):
-    return {name: torch.tensor(value).to(dtype) for name, value in np.load(path).items()}
+def load(path, dtype, without=()):
+    return {name: torch.tensor(value).to(dtype) for name, value in np.load(path).items() if name not in without}
 
 
 def build(arrays, plan, dtype):
@@ -119,6 +119,40 @@ def test_golden_of_structured_and_rescaled_linears(name, plan, dtype, isa):
     for own, parameter in delta.named_parameters():
         gradient = theirs("d_", names[own])
         errors[own] = relative(parameter.grad.reshape(gradient.shape), gradient)
+    assert max(errors.values()) < BOUND[dtype], errors
+
+
+BLOCKS = {  # the authors' names of a, b and bias
+    "circulant": flora.StructuredAdapterConfig(kind="circulant"),
+    "toeplitz": flora.StructuredAdapterConfig(kind="toeplitz"),
+    "kronecker": flora.StructuredAdapterConfig(kind="kronecker", rank=4),
+}
+
+
+class Same(nn.Module):
+    """What the block comes after: its output is its input."""
+
+    hidden_size = 16
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_golden_of_structured_adapters(kind, dtype, isa):
+    arrays = load(GOLDEN / f"surm_{kind}_adapter.npz", dtype, without=("activation",))
+    names = {"a": f"{kind}_A", "b": f"{kind}_B", "bias": f"{kind}_bias"}
+    theirs = {own: f"adapter_down__0__{name}" for own, name in names.items()}
+    layer = flora.wrap(Same().to(dtype), BLOCKS[kind])
+    delta = layer.deltas["default"].to(dtype)
+    delta.load_tensors({own: arrays[name] for own, name in theirs.items()})
+    x = arrays["x"].requires_grad_()
+    y = layer(x)
+    y.backward(arrays["dy"])
+
+    errors = {"y": relative(y, arrays["y"]), "dx": relative(x.grad, arrays["dx"])}
+    errors |= {own: relative(getattr(delta, own).grad, arrays[f"d_{name}"]) for own, name in theirs.items()}
     assert max(errors.values()) < BOUND[dtype], errors
 
 

@@ -773,19 +773,22 @@ def test_initialisations(init):
         (nn.ConvTranspose2d(4, 6, 3), "ConvTranspose2d cannot be adapted: ConvTranspose2d is not supported"),
         (nn.LSTM(4, 6), "LSTM is not a Linear"),
         (nn.LazyLinear(3), "no weight before its first forward"),
-        (nn.BatchNorm2d(3), "BatchNorm2d is not a Linear"),
+        (nn.BatchNorm2d(3), "BatchNorm2d cannot be adapted: TuckerConfig cannot adapt a BatchNorm2d: its weight has"),
     ],
     ids=lambda v: type(v).__name__,
 )
 def test_layers_that_are_refused(module, message):
     with pytest.raises(TypeError, match=message):
         flora.wrap(module, CONFIG)
-    assert refusal(module) is not None and refusal(nn.Linear(2, 3)) is None
+    assert refusal(module, CONFIG) is not None and refusal(nn.Linear(2, 3), CONFIG) is None
 
 
 def test_what_all_means():
-    assert all(is_adaptable(m) for m in (nn.Linear(2, 3), nn.Conv1d(2, 3, 1), nn.MultiheadAttention(4, 2)))
-    assert not any(is_adaptable(m) for m in (nn.Embedding(3, 2), nn.LayerNorm(3), nn.ReLU()))
+    products, norms = (nn.Linear(2, 3), nn.Conv1d(2, 3, 1), nn.MultiheadAttention(4, 2)), (nn.LayerNorm(3),)
+    for config in (CONFIG, flora.CirculantConfig(), flora.StructuredAdapterConfig(), flora.RescaleConfig()):
+        assert all(is_adaptable(module, config) for module in products)
+        assert not any(is_adaptable(module, config) for module in (nn.Embedding(3, 2), nn.ReLU()))
+        assert all(is_adaptable(module, config) == isinstance(config, flora.RescaleConfig) for module in norms)
 
 
 def test_errors_name_the_module_and_change_nothing():

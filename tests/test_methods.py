@@ -32,7 +32,7 @@ class DiagonalConfig(DeltaConfig):
     method: ClassVar[str] = "test-diagonal"
 
 
-class DiagonalDelta(flora.Delta, config=DiagonalConfig):
+class DiagonalDelta(flora.WeightDelta, config=DiagonalConfig):
     def __init__(self, config, site):
         super().__init__(config, site)
         self.values = site.parameter(min(site.shape[0], math.prod(site.shape[1:])))

@@ -72,7 +72,7 @@ def test_selections(fields, names):
         ({"target_modules": lambda name, module: False}, "target_modules=.*lambda.* matches no module; there are"),
         ({"target_modules": ["up"]}, r"^up: target_modules=\('up',\) names it, but ConvTranspose1d is not supported"),
         ({"target_modules": ["act"]}, r"^act: .* names it, but ReLU is not"),
-        ({"target_modules": ["norm"]}, r"^blocks\.0\.norm: .* names it, but LayerNorm is not"),
+        ({"target_modules": ["norm"]}, r"^blocks\.0\.norm: .* names it, but TuckerConfig cannot adapt a LayerN"),
         (
             {"target_modules": ["blocks"]},
             r"^blocks: .*, but a ModuleList is no layer, it holds 6; the regex r'blocks\\\.\(\.\*",

@@ -3,6 +3,7 @@
 A field that is wrong raises ValueError with the field and its value. Symbols are those of docs/methods.md.
 """
 
+from flora.config.adapter import StructuredAdapterConfig
 from flora.config.base import DeltaConfig, Rank, Targets, first_match, is_suffix, matches
 from flora.config.rescale import RescaleConfig
 from flora.config.structured import CirculantConfig, KroneckerConfig, LDRConfig, ToeplitzConfig
@@ -15,6 +16,7 @@ __all__ = [
     "LDRConfig",
     "Rank",
     "RescaleConfig",
+    "StructuredAdapterConfig",
     "Targets",
     "ToeplitzConfig",
     "TuckerConfig",

@@ -47,6 +47,10 @@ class DeltaConfig:
     method: ClassVar[str]
     ordered: ClassVar[bool] = True
     """Whether `sizes` go from few parameters to many."""
+    of_output: ClassVar[bool] = False
+    """Whether the delta acts on a module's output and not on its weight."""
+    of_norms: ClassVar[bool] = False
+    """Whether ``target_modules="all"`` means normalisation layers, too."""
     _methods: ClassVar[dict[str, type[DeltaConfig]]] = {}
 
     scale: float | None = None
@@ -100,6 +104,12 @@ class DeltaConfig:
             rank = getattr(self, "rank", None)
             return self.alpha / rank if isinstance(rank, int) else self.alpha
         return 1.0 if self.scale is None else self.scale
+
+    def refuses(self, kind: str, module: nn.Module) -> str | None:
+        """Why its deltas cannot be put on a layer of this kind (`flora.kinds.Kind.name`), or None if they can."""
+        if kind == "norm" and not self.of_output:
+            return "its weight has no rows and columns (RescaleConfig takes it)"
+        return None
 
     def for_module(self, name: str) -> Self:
         """The config of one module: its rank and scale taken from the patterns, and nothing left that selects."""

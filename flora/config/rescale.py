@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import nn
+
 from flora.config.base import DeltaConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class RescaleConfig(DeltaConfig):
-    """W' = W + s·W ⊙ (row·column), bias' = bias + shift.
+    """W' = W + s·W ⊙ (row·column), bias' = bias + shift; on a normalisation y' = y·(1 + s·row) + shift.
 
     Args:
         rows: a factor for each row of the weight, (d_out,).
@@ -19,11 +21,14 @@ class RescaleConfig(DeltaConfig):
         init: "identity": row = 0 (columns alone: column = 0), so that W' = W at the start; "reference": the authors',
             row and column kaiming_uniform with a = √5.
 
-    Rows alone are SSF's and the Hadamard adapter's rescaling, columns alone IA³'s. Half precision, dropout and
-    quantised layers: as for the other methods, but a quantised layer cannot be rescaled.
+    Rows alone are SSF's and the Hadamard adapter's rescaling, columns alone IA³'s. ``target_modules="all"`` means
+    normalisation layers, too: there ``row`` has the shape of the weight (authors: ~ N(0, 0.02²)), there is no
+    ``column``, and a ``shift`` (authors: ~ N(0, 0.02²)) only where the layer has a place for a bias, so not on RMSNorm.
+    Embeddings, quantised layers and packed attention are refused.
     """
 
     method: ClassVar[str] = "rescale"
+    of_norms: ClassVar[bool] = True
 
     rows: bool = True
     columns: bool = True
@@ -36,3 +41,14 @@ class RescaleConfig(DeltaConfig):
         self._one_of("init", ("identity", "reference"))
         if not (self.rows or self.columns or self.bias):
             self._fail("rows", "columns and bias are all False: nothing could learn")
+
+    def refuses(self, kind: str, module: nn.Module) -> str | None:
+        if kind == "quantised":
+            return "its weight must be there as plain numbers"
+        if kind == "embedding":
+            return "its rows are looked up, not multiplied by"
+        if kind == "attention":
+            return "its packed projections are three matrices, not one; its out_proj can be named"
+        if kind == "norm" and not self.rows and not (self.bias and "bias" in module._parameters):
+            return f"with rows=False and bias={self.bias} nothing of it could learn"
+        return None

@@ -1,7 +1,8 @@
 """Deltas: one file a family of parametrisations, and `build`, which picks the one a configuration asks for."""
 
 from flora.config import DeltaConfig
-from flora.deltas.base import Delta, Site
+from flora.deltas.adapter import StructuredAdapterDelta
+from flora.deltas.base import Delta, OutputDelta, Site, WeightDelta
 from flora.deltas.rescale import RescaleDelta
 from flora.deltas.structured import CirculantDelta, KroneckerDelta, LDRDelta, ToeplitzDelta
 from flora.deltas.tucker import TuckerDelta
@@ -11,10 +12,13 @@ __all__ = [
     "Delta",
     "KroneckerDelta",
     "LDRDelta",
+    "OutputDelta",
     "RescaleDelta",
     "Site",
+    "StructuredAdapterDelta",
     "ToeplitzDelta",
     "TuckerDelta",
+    "WeightDelta",
     "build",
 ]
 

@@ -1,4 +1,4 @@
-"""What every delta has: a parametrisation of ΔW for one weight, and nothing that knows a layer or a kernel."""
+"""What every delta has, and those on a weight and on an output have; nothing here knows a layer or a kernel."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from flora import functional
 from flora.config import DeltaConfig
 from flora.forms import DenseForm, Parts, Tucker
 from flora.ops import Op
+from flora.outputs import Output
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Site:
     """The layer that a delta is built for."""
 
     shape: tuple[int, ...]
-    """Of its weight, (out, in/groups, *k)."""
+    """Of its weight, (out, in/groups, *k); for a delta that acts on the output (width, width)."""
     dtype: torch.dtype = torch.float32
     """Of the delta's parameters."""
     device: torch.device | str | None = None
@@ -30,7 +31,12 @@ class Site:
     """The module's, for messages."""
     transposed: bool = False
     """Whether the layer itself keeps its weight as (in, out), as transformers' Conv1D does."""
-
+    has_bias: bool = True
+    """Whether the layer has a place for a bias, empty or not."""
+    norm_offset: float | None = None
+    """On a normalisation what its forward adds to the weight before it multiplies by it; None on any other layer."""
+    output: Output | None = None
+    """For a delta that acts on it: the channels of the module's output."""
     shapes_only: bool = False
     """Only the parameters' shapes are asked for: nothing has to be drawn or decomposed."""
 
@@ -44,23 +50,21 @@ class Site:
 
 
 class Delta(nn.Module):
-    """A trainable update ΔW of one frozen weight of shape (d_out, d_in/groups, *k).
+    """What one adapter trains on one frozen layer: subclass `WeightDelta` or `OutputDelta`.
 
-    A subclass names its configuration, ``class MyDelta(Delta, config=MyConfig)``, holds its parameters and says what
-    ΔW is: by `unscaled_weight`, in plain PyTorch, or by `parts`, with a form of `flora.forms` that has kernels. Nothing
-    else is needed: forward, merging, files and reports follow from it. Its parameters are float32 (float64 on a float64
-    base) and stay so when the model is cast: half-precision masters would lose small steps.
+    A subclass names its configuration, ``class MyDelta(WeightDelta, config=MyConfig)``. Its parameters are float32
+    (float64 on a float64 base) and stay so when the model is cast: half-precision masters would lose small steps.
 
     Attributes
     ----------
     config
         the configuration it was built from, patterns already applied.
     scale
-        the factor s on ΔW. May be changed at any time while the layer is not merged.
+        the factor s on the update. May be changed at any time while the layer is not merged.
     strength
         a second factor, which `flora.set_adapter` sets where adapters are weighted; 1 otherwise.
     shape
-        the weight's shape in the order (out, in, *k).
+        the weight's shape in the order (out, in, *k), or that of a block's matrix.
     """
 
     config_type: ClassVar[type[DeltaConfig]]
@@ -80,6 +84,58 @@ class Delta(nn.Module):
         self.scale = config.resolved_scale
         self.strength = 1.0
         self.shape = site.shape
+
+    def set_trainable(self, trainable: bool) -> None:
+        """Let the parts that the configuration names learn, or none."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(trainable)
+
+    def stuck(self) -> str | None:
+        """Why no parameter of this delta can ever get a gradient other than zero, or None if one can."""
+        return None
+
+    @property
+    def factor(self) -> float:
+        """What the update is multiplied by: scale times strength."""
+        return self.scale * self.strength
+
+    @property
+    def dropout(self) -> float:
+        """The probability that applies now: the configuration's in training, 0 in evaluation."""
+        return self.config.dropout if self.training else 0.0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that an adapter file must hold, trained or not, by name."""
+        return {name: p.detach() for name, p in self.named_parameters()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies `tensors` in. Names, shapes and finiteness are checked first: KeyError or ValueError, no change."""
+        own = dict(self.named_parameters())
+        if own.keys() != tensors.keys():
+            missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+            raise KeyError(f"delta tensors do not fit: missing {missing}, unknown {extra}")
+        for name, tensor in tensors.items():
+            if tensor.shape != own[name].shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the delta needs {tuple(own[name].shape)}")
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{name} holds values that are not finite")
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                own[name].copy_(tensor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(_keep_precision(fn), recurse)  # type: ignore[no-untyped-call]
+
+
+class WeightDelta(Delta):
+    """A trainable update ΔW of one frozen weight of shape (d_out, d_in/groups, *k).
+
+    A subclass holds its parameters and says what ΔW is: by `unscaled_weight`, in plain PyTorch, or by `parts`, with a
+    form of `flora.forms` that has kernels. Nothing else is needed: forward, merging, files and reports follow from it.
+    """
+
+    def __init__(self, config: DeltaConfig, site: Site) -> None:
+        super().__init__(config, site)
         self.transposed = site.transposed
 
     # What a method says ---------------------------------------------------------------------------------------------
@@ -95,25 +151,11 @@ class Delta(nn.Module):
         """The form and tensors that `flora.functional` computes with; by default ΔW as one tensor."""
         return Parts(DenseForm(self.factor), (self.unscaled_weight(weight),))
 
-    def bias_update(self) -> Tensor | None:
-        """What is added to the bias (out,), or None."""
-        return None
-
-    def set_trainable(self, trainable: bool) -> None:
-        """Let the parts that the configuration names learn, or none."""
-        for parameter in self.parameters():
-            parameter.requires_grad_(trainable)
-
-    def stuck(self) -> str | None:
-        """Why no parameter of this delta can ever get a gradient other than zero, or None if one can."""
+    def bias_update(self, bias: Tensor | None) -> Tensor | None:
+        """What is added to the bias (out,), which the layer need not have; None if nothing ever is."""
         return None
 
     # What follows ---------------------------------------------------------------------------------------------------
-
-    @property
-    def factor(self) -> float:
-        """What ΔW is multiplied by: scale times strength."""
-        return self.scale * self.strength
 
     def adapted(self, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
         """op(x, W, b) with the delta of dropped x on top, in the plan of the configuration."""
@@ -137,11 +179,6 @@ class Delta(nn.Module):
         parts = self.parts(weight)
         return functional.resolve_plan(op, x, weight, parts, self.config.plan, self.dropout, grad)
 
-    @property
-    def dropout(self) -> float:
-        """The probability that applies now: the configuration's in training, 0 in evaluation."""
-        return self.config.dropout if self.training else 0.0
-
     def alone(self, weight: Tensor | None) -> Tensor:
         """s·ΔW (out, in, *k) in the delta's dtype, differentiable."""
         return functional.delta_weight(weight, self.parts(weight))
@@ -156,27 +193,43 @@ class Delta(nn.Module):
             raise ValueError(f"delta_weight: the weight has shape {tuple(weight.shape)}, the delta {own}")
         return self.alone(weight.mT).mT if self.transposed else self.alone(weight)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that an adapter file must hold, trained or not, by name."""
-        return {name: p.detach() for name, p in self.named_parameters()}
 
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies `tensors` in. Names, shapes and finiteness are checked first: KeyError or ValueError, no change."""
-        own = dict(self.named_parameters())
-        if own.keys() != tensors.keys():
-            missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-            raise KeyError(f"delta tensors do not fit: missing {missing}, unknown {extra}")
-        for name, tensor in tensors.items():
-            if tensor.shape != own[name].shape:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the delta needs {tuple(own[name].shape)}")
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"{name} holds values that are not finite")
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                own[name].copy_(tensor)
+class OutputDelta(Delta):
+    """A trainable block after one frozen module, whatever that is; its configuration has ``of_output = True``.
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        return super()._apply(_keep_precision(fn), recurse)  # type: ignore[no-untyped-call]
+    A subclass holds its parameters and says what becomes of the channels: `transformed`.
+
+    Attributes
+    ----------
+    output
+        how many channels the module's output has, and where.
+    """
+
+    def __init__(self, config: DeltaConfig, site: Site) -> None:
+        super().__init__(config, site)
+        assert site.output is not None
+        self.output = site.output
+
+    def transformed(self, y: Tensor) -> Tensor:
+        """The output with the block on top, in y's dtype: y (..., n) to (..., n), differentiable."""
+        raise NotImplementedError(f"{type(self).__name__} must define transformed")
+
+    def unmergeable(self) -> str | None:
+        """Why the block cannot be taken into the weight and bias before it, or None if it can."""
+        return f"a {type(self).__name__} is no linear map"
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight (n, ...) and bias (n,) with the block in them, in its parameters' dtype."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be merged")
+
+    def applied(self, y: Tensor) -> Tensor:
+        """The whole output with the block on top. ValueError, quoting its shape, if it is not what the block is for."""
+        if not y.is_floating_point():
+            raise ValueError(f"the output is of {y.dtype}, which no block acts on")
+        axis = self.output.channels(y)
+        if axis in (-1, y.ndim - 1):
+            return self.transformed(y)
+        return self.transformed(y.movedim(axis, -1)).movedim(-1, axis)
 
 
 def _keep_precision(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -6,37 +6,63 @@ import torch
 from torch import Tensor, nn
 
 from flora.config import RescaleConfig
-from flora.deltas.base import Delta, Site
-from flora.forms import Parts, RescaleForm
+from flora.deltas.base import Site, WeightDelta
+from flora.forms import DenseForm, Parts, RescaleForm
 from flora.ops import Op
 
+NORM_STD = 0.02  # of the authors' programs
 
-class RescaleDelta(Delta, config=RescaleConfig):
-    """ΔW = s·W ⊙ (row·column) with ``row`` (d_out,) and ``column`` (d_in/groups,); ``shift`` (d_out,) on the bias."""
+
+class RescaleDelta(WeightDelta, config=RescaleConfig):
+    """ΔW = s·W ⊙ (row·column) with ``row`` (d_out,) and ``column`` (d_in/groups,); ``shift`` (d_out,) on the bias.
+
+    On a normalisation y = x̂ ⊙ W + bias becomes y·(1 + s·row) + shift, with ``row`` and ``shift`` of W's shape, no
+    ``column``, and a ``shift`` only where the layer has a place for a bias.
+    """
 
     def __init__(self, config: RescaleConfig, site: Site) -> None:
         super().__init__(config, site)
-        d_out, *rest = site.shape
-        self.row = site.parameter(d_out) if config.rows else None
-        self.column = site.parameter(rest[0]) if config.columns else None
-        self.shift = site.parameter(d_out) if config.bias else None
+        self.norm_offset = site.norm_offset
+        extent = site.shape if self.of_norm else site.shape[:1]
+        shifts = config.bias and (site.has_bias or not self.of_norm)
+        self.row = site.parameter(*extent) if config.rows else None
+        self.column = site.parameter(site.shape[1]) if config.columns and not self.of_norm else None
+        self.shift = site.parameter(*extent) if shifts else None
+        if self.of_norm:
+            self._init_norm()
+            return
         reference = config.init == "reference"
         if self.row is not None and reference:
             nn.init.kaiming_uniform_(self.row[:, None])
         if self.column is not None and (reference or config.rows):
             nn.init.kaiming_uniform_(self.column[None])
 
+    def _init_norm(self) -> None:
+        if self.config.init == "reference":
+            for parameter in (self.row, self.shift):
+                if parameter is not None:
+                    nn.init.normal_(parameter, std=NORM_STD)
+
+    @property
+    def of_norm(self) -> bool:
+        return self.norm_offset is not None
+
     @property
     def of_bias_alone(self) -> bool:
         return self.row is None and self.column is None
 
     def parts(self, weight: Tensor | None) -> Parts:
-        return Parts(RescaleForm(self.factor), (self.row, self.column))
+        if self.norm_offset is None:
+            return Parts(RescaleForm(self.factor), (self.row, self.column))
+        assert weight is not None and self.row is not None
+        return Parts(DenseForm(self.factor), ((weight.to(self.row.dtype) + self.norm_offset) * self.row,))
 
-    def bias_update(self) -> Tensor | None:
-        if self.shift is None or self.strength == 1:
-            return self.shift
-        return self.strength * self.shift
+    def bias_update(self, bias: Tensor | None) -> Tensor | None:
+        shift = self.shift if self.shift is None or self.strength == 1 else self.strength * self.shift
+        if not self.of_norm or self.row is None or bias is None:
+            return shift
+        of_row = self.factor * self.row * bias.to(self.row.dtype)
+        return of_row if shift is None else of_row + shift
 
     # Of the bias alone: the weight is as it was ---------------------------------------------------------------------
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from flora.config import CirculantConfig, KroneckerConfig, LDRConfig, ToeplitzConfig
-from flora.deltas.base import Delta, Site
+from flora.deltas.base import Site, WeightDelta
 from flora.forms import KroneckerForm, Parts, ToeplitzForm
 
 TOEPLITZ_STD = 0.02  # of the authors' programs
 
 
-class _OnDiagonals(Delta):
+class _OnDiagonals(WeightDelta):
     """A delta whose matrices are square of size n, cut to the weight's d_out rows and d_in columns."""
 
     def __init__(self, config: CirculantConfig | ToeplitzConfig | LDRConfig, site: Site) -> None:
@@ -75,8 +75,7 @@ class ToeplitzDelta(_OnDiagonals, config=ToeplitzConfig):
 
     def _diagonals(self, matrix: str) -> Tensor:
         if self.config.symmetric:
-            v: Tensor = getattr(self, matrix)
-            return torch.cat([v[1:].flip(0), v])
+            return symmetric(getattr(self, matrix))
         return torch.cat([getattr(self, f"{matrix}_row").flip(0), getattr(self, f"{matrix}_col")])
 
     def parts(self, weight: Tensor | None) -> Parts:
@@ -100,7 +99,7 @@ class LDRDelta(_OnDiagonals, config=LDRConfig):
         return Parts(self.form(), (self.left(left), self.right(right)))
 
 
-class KroneckerDelta(Delta, config=KroneckerConfig):
+class KroneckerDelta(WeightDelta, config=KroneckerConfig):
     """ΔW = s·(B ⊗ A): ``a`` (rows, columns) of a block, ``b`` (d_out/rows, d_in/columns)."""
 
     def __init__(self, config: KroneckerConfig, site: Site) -> None:
@@ -128,3 +127,8 @@ def matrix_shape(site: Site) -> tuple[int, int]:
 def periodic(first_column: Tensor, sign: int) -> Tensor:
     """The diagonals (..., 2n - 1) of the circulant (sign 1) or skew-circulant (-1) matrix with a first column."""
     return torch.cat([sign * first_column[..., 1:], first_column], -1)
+
+
+def symmetric(v: Tensor) -> Tensor:
+    """The diagonals (2n - 1,) of the symmetric Toeplitz matrix with a first column."""
+    return torch.cat([v[1:].flip(0), v])

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from flora.config import TuckerConfig
-from flora.deltas.base import Delta, Site
+from flora.deltas.base import Site, WeightDelta
 from flora.forms import Parts, Tucker, TuckerForm
 
 MODES = ("out", "in", "kernel")
 
 
-class TuckerDelta(Delta, config=TuckerConfig):
+class TuckerDelta(WeightDelta, config=TuckerConfig):
     """A Tucker decomposition with trainable core and factors.
 
     Parameters
