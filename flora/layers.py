@@ -111,6 +111,7 @@ class AdaptedLayer(nn.Module):
             None if weight is None else self._kind.turned(weight),
             self._label,
             self._kind is TRANSPOSED,
+            self._kind is EMBEDDING,
         )
         delta = _deltas.build(config, site)
         delta.set_trainable(trainable)

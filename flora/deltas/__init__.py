@@ -2,6 +2,7 @@
 
 from flora.config import DeltaConfig
 from flora.deltas.base import Delta, Site
+from flora.deltas.lora import LoRADelta, LoRAXSDelta
 from flora.deltas.rescale import RescaleDelta
 from flora.deltas.structured import CirculantDelta, KroneckerDelta, LDRDelta, ToeplitzDelta
 from flora.deltas.tucker import TuckerDelta
@@ -11,6 +12,8 @@ __all__ = [
     "Delta",
     "KroneckerDelta",
     "LDRDelta",
+    "LoRADelta",
+    "LoRAXSDelta",
     "RescaleDelta",
     "Site",
     "ToeplitzDelta",

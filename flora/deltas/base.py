@@ -30,6 +30,8 @@ class Site:
     """The module's, for messages."""
     transposed: bool = False
     """Whether the layer itself keeps its weight as (in, out), as transformers' Conv1D does."""
+    looked_up: bool = False
+    """Whether rows of the weight are looked up, as those of an Embedding are."""
 
     shapes_only: bool = False
     """Only the parameters' shapes are asked for: nothing has to be drawn or decomposed."""
