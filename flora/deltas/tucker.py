@@ -128,7 +128,8 @@ def hosvd(site: Site, ranks: Sequence[int], why: str) -> list[tuple[Tensor, Tens
     small = int(exact.shape[1] < exact.shape[0])
     matrix = exact.mT if small else exact
     vectors, values = leading_vectors(matrix, min(max(ranks), len(matrix)))
-    sides = [(vectors[:, : ranks[small]], values[: ranks[small]]), _other_side(matrix, vectors, values, ranks[1 - small])]
+    k = ranks[small]
+    sides = [(vectors[:, :k], values[:k]), _other_side(matrix, vectors, values, ranks[1 - small])]
     return sides[::-1] if small else sides
 
 
