@@ -91,8 +91,12 @@ class AdaptedLayer(nn.Module):
 
     # Deltas ---------------------------------------------------------------------------------------------------------
 
-    def add_delta(self, adapter: str, config: DeltaConfig, *, trainable: bool = True) -> Delta:
+    def add_delta(
+        self, adapter: str, config: DeltaConfig, *, trainable: bool = True, shapes_only: bool = False
+    ) -> Delta:
         """Builds the delta of ``config`` under the name ``adapter``; it is not active before `set_active`.
+
+        With ``shapes_only`` nothing is drawn or decomposed, for values that are loaded afterwards.
 
         Raises ValueError, naming the module, for a name that is taken or unfit, ranks that do not fit, or dropout on
         a layer that has no single input (packed attention, Embedding).
@@ -112,6 +116,7 @@ class AdaptedLayer(nn.Module):
             self._label,
             self._kind is TRANSPOSED,
             self._kind is EMBEDDING,
+            shapes_only,
         )
         delta = _deltas.build(config, site)
         delta.set_trainable(trainable)

@@ -133,7 +133,7 @@ def save_adapter(
         raise FileExistsError(f"{path} is an adapter folder itself, so {', '.join(names)} cannot be written into it")
     for folder in folders.values():
         recover(folder)
-        check_replaceable(folder)
+        check_replaceable(folder, format)
     contents = {
         one: _peft_contents(model, one) if format == "peft" else _contents(model, one, state.adapters[one], hashes)
         for one in names
@@ -192,10 +192,10 @@ def _short_lists(text: str) -> str:
     return re.sub(r"\[\n *([^\[\]{}]*)\n *\]", lambda match: "[" + re.sub(r"\n *", " ", match[1]) + "]", text)
 
 
-def check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path, format: str = "flora") -> None:
     """Raises FileExistsError, with what is there, unless `save_adapter` may write to the folder.
 
-    It may if the folder does not exist, is empty or holds an adapter.
+    It may if the folder does not exist, is empty or holds an adapter of the same format.
     """
     if not folder.exists():
         return
@@ -207,8 +207,10 @@ def check_replaceable(folder: Path) -> None:
         raise FileExistsError(f"{folder} holds {', '.join(foreign[:5])}; only an adapter folder is replaced")
     if there:
         try:
-            if not _is_peft(_read_json(folder)[1]):
+            if format == "flora":
                 _read_manifest(folder)
+            elif not _is_peft(_read_json(folder)[1]):
+                raise ValueError(f"{folder / CONFIG_FILE} has no peft_type: it is not an adapter of PEFT's")
         except (OSError, ValueError) as error:
             raise FileExistsError(f"only an adapter folder is replaced: {error}") from error
 
@@ -349,7 +351,7 @@ def _is_peft(manifest: Any) -> bool:
 def _read_manifest(folder: Path) -> tuple[Path, dict[str, Any]]:
     file, manifest = _read_json(folder)
     if _is_peft(manifest):
-        raise ValueError(f"{file} is an adapter of PEFT's, which flora.load_adapter can put on its model")
+        raise ValueError(f"{file} has no format_version: it is an adapter of PEFT's, not one of flora's")
     if not isinstance(manifest, dict) or "format_version" not in manifest:
         raise ValueError(f"{file} has no format_version: it is not an adapter of flora's")
     version = manifest["format_version"]
