@@ -8,7 +8,8 @@ subclasses, ``torch.func``, double backward.
 from flora.reference.conv import conv_weight_gradient, pad_input
 from flora.reference.dropout import drop
 from flora.reference.tucker import (
-    conv_finish,
+    conv_core,
+    conv_expand,
     conv_project,
     conv_update,
     linear_update,
@@ -23,7 +24,8 @@ from flora.reference.tucker import (
 )
 
 __all__ = [
-    "conv_finish",
+    "conv_core",
+    "conv_expand",
     "conv_project",
     "conv_update",
     "conv_weight_gradient",
