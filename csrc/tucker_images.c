@@ -131,8 +131,9 @@ void flora_convolve_back(const flora_plan *p, int chunk, const flora_tile *t, in
               at(p, p->taps_core_t), p->in_w, width, in_room(p, chunk, p->span), dh_tile);
 }
 
-/* dG_tap (r_in, out_w) += h(at tap)ᵀ · dk, transposed so that h, whose rows are not padded, is the broadcast side. Runs
- * of equal length are the taps of one product, so that its sums stay in registers. */
+/* dG_tap (r_in, out_w) += h(at tap)ᵀ · dk, transposed so that h, whose rows are not padded, is the broadcast side; of a
+ * window, whose rows are padded and long, dG_tap (r_out, in_w) += dkᵀ · h(at tap). Runs of equal length are the taps of
+ * one product, so that its sums stay in registers. */
 void flora_core_gradient(const flora_plan *p, int chunk, const flora_tile *t, const void *dk, void *sums) {
     const flora_layer *layer = p->layer;
     const flora_pixels *pixels = p->by_planes ? &p->planes_out : &p->h_out;
@@ -157,7 +158,24 @@ void flora_core_gradient(const flora_plan *p, int chunk, const flora_tile *t, co
             }
         }
         for (int64_t tap = 0; tap < layer->taps; tap++) {
-            void *sum = reals(p, sums, tap * layer->r_in * p->out_w);
+            void *sum = reals(p, sums, tap * flora_core_sums(p));
+            if (p->windows) {
+                multiply(p, (flora_gemm){.m = layer->r_out,
+                                         .n = layer->r_in,
+                                         .k = run,
+                                         .a = dk,
+                                         .a_m = 1,
+                                         .a_k = p->out_w,
+                                         .b = reals(p, image, taps[tap]),
+                                         .b_k = flora_pixel_stride(&p->h_out),
+                                         .taps = runs,
+                                         .a_taps = runs_dk,
+                                         .b_taps = runs_h,
+                                         .c_in = sum,
+                                         .c = sum,
+                                         .c_m = p->in_w});
+                continue;
+            }
             if (p->by_planes) {
                 p->dots->dot(&(flora_dot){.m = layer->r_in,
                                           .n = p->out_w,
@@ -190,6 +208,11 @@ void flora_core_gradient(const flora_plan *p, int chunk, const flora_tile *t, co
                                      .c_m = p->out_w});
         }
     }
+}
+
+/* The reals of a tap's sums. */
+int64_t flora_core_sums(const flora_plan *p) {
+    return p->windows ? p->layer->r_out * p->in_w : p->layer->r_in * p->out_w;
 }
 
 /* dk's tile into its image */

@@ -224,8 +224,8 @@ void flora_plan_rooms(flora_plan *p, int64_t line_taps) {
         p->runs_dk = flora_reserve(&room, p->tile, 1, 1, sizeof(int64_t));
     }
     if (p->windows && p->layer->x.data != NULL) {
-        p->window = flora_reserve(&room, p->window_size, 1, 1, real);
-        p->lines = flora_reserve(&room, p->window_lines, 1, 1, flora_window_line_size());
+        p->window = flora_reserve(&room, p->window_pixels, p->h_stride[p->layer->ndim - 1], 1, real);
+        p->line = flora_reserve(&room, p->kernels->act_size == real ? 0 : p->layer->c_in, p->tile, 1, real);
     }
     p->line_taps_dk = flora_reserve(&room, line_taps, 1, 1, sizeof(int64_t));
     p->line_taps_core = flora_reserve(&room, line_taps, 1, 1, sizeof(int64_t));

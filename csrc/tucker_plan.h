@@ -43,10 +43,10 @@ typedef struct {
     flora_pixels h_in, h_out; /* its pixels as the input numbers them, and (for tap 0) the output */
     int owns_h;               /* h is scratch, since the caller has none */
     size_t h_scratch;
-    int windows; /* without input factor: h is the padded x, of which each chunk has a window */
-    int64_t window_rows, window_size, window_lines; /* output positions that one serves; its reals; its lines */
-    flora_pixels k_out;                             /* the pixels of the caller's k, as the output numbers them */
-    size_t dk;                                      /* (batch, groups, *(out + margins), out_w) */
+    int windows;                        /* without input factor: h is the padded x, of which each chunk has a window */
+    int64_t window_rows, window_pixels; /* output positions of mode 0 that one serves, and its pixels */
+    flora_pixels k_out;                 /* the pixels of the caller's k, as the output numbers them */
+    size_t dk;                          /* (batch, groups, *(out + margins), out_w) */
     int64_t dk_size, dk_margin[FLORA_MAX_SPATIAL][2], dk_interior;
     flora_pixels dk_out, dk_in;  /* its pixels as the output numbers them, and as the input does (for offset 0) */
     int gathers;                 /* dh's tiles are gathered from dk's image, whose margins are zero */
@@ -69,9 +69,10 @@ typedef struct {
     size_t rooms, sums;
     int64_t room_size, sums_size;                                 /* bytes */
     size_t h_tile, k_tile, dk_tile, dh_tile, turned, block, span; /* within a room */
-    size_t line_taps_dk, line_taps_core, runs_h, runs_dk, window, lines;
+    size_t line_taps_dk, line_taps_core, runs_h, runs_dk, window, line;
     int64_t dh_w; /* the row width of dh's tile: in_w, or of the input channels that are taken at a time */
-    /* within the sums: (c_in, in_w), (taps, r_in, out_w), (groups · c_out, out_w), or as turned_sums says */
+    /* within the sums: (c_in, in_w), (taps, r_in, out_w), or of windows (taps, r_out, in_w), and (groups · c_out,
+     * out_w), or as turned_sums says */
     size_t d_u_in, d_core, d_u_out;
 } flora_plan;
 
@@ -135,6 +136,7 @@ void flora_convolve(const flora_plan *p, int chunk, const flora_tile *t, void *k
 void flora_convolve_back(const flora_plan *p, int chunk, const flora_tile *t, int64_t channel, int64_t width,
                          void *dh_tile);
 void flora_core_gradient(const flora_plan *p, int chunk, const flora_tile *t, const void *dk, void *sums);
+int64_t flora_core_sums(const flora_plan *p);
 void flora_store_dk(const flora_plan *p, const flora_tile *t, const void *dk_tile);
 void flora_pad_line(const flora_plan *p, int64_t line);
 void flora_fold(const flora_plan *p, int64_t slice);
@@ -145,7 +147,6 @@ void flora_clear_margins(const flora_plan *p, int64_t slice);
 
 /* tucker_window.c */
 void flora_plan_window(flora_plan *p);
-size_t flora_window_line_size(void);
 void flora_move_window(const flora_plan *p, int chunk, flora_window *w, flora_tile *t);
 
 /* tucker_plan.c */
