@@ -72,13 +72,15 @@ flora_status flora_tucker_linear_backward(const flora_view *dx, const flora_view
 /* y (batch, d_out, *out) += scale · conv(x (batch, d_in, *in), core ×_0 factors[0] ×_1 factors[1] ×_2 …)
  * core (r_out, r_in, *r_k), factors of all its modes: u_out (d_out, r_out), u_in (d_in/groups, r_in), then (k, r_k),
  * where NULL is the identity. u_in, the core and the kernel factors are shared by all groups, the rows of u_out belong
- * to their group. h (batch, *(in + padding), groups·r_in) = the projected and padded input, written if not NULL:
- * channels last, so that every layout of x gives the same h. */
+ * to their group. h, written if not NULL, is what backward needs beside x: the projected and padded input (batch,
+ * *(in + padding), groups·r_in), or, for u_in NULL, what u_out is applied to, (batch, *out, groups·r_out); channels
+ * last, so that every layout of x gives the same h. */
 flora_status flora_tucker_conv_forward(const flora_view *y, const flora_view *h, const flora_view *x,
                                        const flora_view *core, const flora_view *const factors[], double scale,
                                        const flora_geometry *geometry, char error[FLORA_ERROR_SIZE]);
 
-/* dx (batch, d_in, *in) += …; d_core and the d_factors are written. NULL as in the linear case. */
+/* dx (batch, d_in, *in) += …; d_core and the d_factors are written. NULL as in the linear case; with u_in NULL every
+ * gradient but that of u_out needs x, and one of x and dx must be given. */
 flora_status flora_tucker_conv_backward(const flora_view *dx, const flora_view *d_core,
                                         const flora_view *const d_factors[], const flora_view *dy, const flora_view *x,
                                         const flora_view *h, const flora_view *core, const flora_view *const factors[],

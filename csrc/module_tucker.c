@@ -83,9 +83,10 @@ PyDoc_STRVAR(
     "n = 1 to 3 spatial modes, for any strides of x and y (contiguous and channels_last run natively).\n"
     "\n"
     "core is (r_out, r_in, *r_k); factors are u_out (d_out, r_out), u_in (d_in / groups, r_in) and (k, r_k) of each\n"
-    "kernel mode, None for the identity. All but the rows of u_out are shared by the groups. h (batch, *padded, \n"
-    "groups * r_in), if not None, receives the projected and padded input. stride and dilation are n ints, padding\n"
-    "2n: before and after each spatial mode; padding_mode is zeros, reflect, replicate or circular.\n"
+    "kernel mode; of all but the first, None is the identity. All but the rows of u_out are shared by the groups.\n"
+    "h (batch, *padded, groups * r_in), if not None, receives the projected and padded input; where u_in is None,\n"
+    "h (batch, *out, groups * r_out) receives what u_out is applied to. stride and dilation are n ints, padding 2n:\n"
+    "before and after each spatial mode; padding_mode is zeros, reflect, replicate or circular.\n"
     "\n"
     "Types and errors as in tucker_linear_forward, and ValueError for a geometry without an output.\n"
     "Source: FLoRA, arXiv 2405.14739, the Tucker update of a convolution's kernel, applied without forming it.");
@@ -100,11 +101,9 @@ static int borrow_factors(call *c, PyObject *items, const char *name, int flags,
     if (call_borrow_items(c, items, name, flags, views) < 0) {
         return -1;
     }
-    for (int m = 0; m < 2 && flags == IN; m++) {
-        if (views[m] == NULL) {
-            PyErr_Format(PyExc_TypeError, "%s: %s[%d] must be an array, not None", c->function, name, m);
-            return -1;
-        }
+    if (flags == IN && views[0] == NULL) {
+        PyErr_Format(PyExc_TypeError, "%s: %s[0] must be an array, not None", c->function, name);
+        return -1;
     }
     return 0;
 }
@@ -138,7 +137,8 @@ PyDoc_STRVAR(
     "d_factors, of the shapes of core and factors, are overwritten; None leaves an output out.\n"
     "\n"
     "dy is (batch, d_out, *out). h None: it is computed from x. x may be None if neither d_factors[1] nor a missing h\n"
-    "needs it. Types and errors as in tucker_conv_forward. Source: FLoRA, arXiv 2405.14739.");
+    "needs it; where factors[1] is None, if no gradient but d_factors[0] and dx is asked for. Types and errors as in "
+    "tucker_conv_forward. Source: FLoRA, arXiv 2405.14739.");
 
 static PyObject *tucker_conv_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     static const array_spec outputs[] = {{"dx", OUT | OPTIONAL}, {"d_core", OUT | OPTIONAL}};

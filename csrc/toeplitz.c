@@ -281,8 +281,8 @@ flora_status flora_toeplitz_reconstruct(const flora_view *out, const flora_view 
     load(&p, &p.across, p.terms ? 1.0 : scale, update.terms);
     if (p.terms == 0)
         for (int64_t t = 1; t < update.terms; t++)
-            p.kernels->add(term_of(&p, &p.across, p.across.numbers, 0, 0),
-                           term_of(&p, &p.across, p.across.numbers, t, 0), p.across.length);
+            p.kernels->add(term_of(&p, &p.across, p.across.numbers, 0, 0), 0,
+                           term_of(&p, &p.across, p.across.numbers, t, 0), 0, 1, p.across.length);
     else
         load(&p, &p.lines, scale, update.terms);
     const double size = (double)p.rows * (double)p.columns;
@@ -321,7 +321,8 @@ static void first_row_back(const problem *p, int chunk, int64_t row, int64_t col
         g.b = (char *)reversed + (p->reach - 1) * real, g.b_k = -1;
         k->gemm(&g);
         for (int64_t m = 0; m < p->inner; m += part)
-            k->add(d_line + m * real, (char *)sums + m / part * p->sums_row * real, flora_min(part, p->inner - m));
+            k->add(d_line + m * real, 0, (char *)sums + m / part * p->sums_row * real, 0, 1,
+                   flora_min(part, p->inner - m));
 
         g.n = width, g.k = part;
         g.a = line;
@@ -329,7 +330,7 @@ static void first_row_back(const problem *p, int chunk, int64_t row, int64_t col
         g.m = p->inner / part;
         k->gemm(&g);
         for (int64_t m = 0; m < g.m; m++)
-            k->add(d_across + m * part * real, (char *)sums + m * p->sums_row * real, width);
+            k->add(d_across + m * part * real, 0, (char *)sums + m * p->sums_row * real, 0, 1, width);
         if (g.m * part == p->inner)
             continue;
         g.k = p->inner - g.m * part;

@@ -236,9 +236,9 @@ static void fold(const apply *p, const flora_view *view, int64_t term, int64_t c
     void *line = in_room(p, 0, p->lines, 0);
     const void *from = flora_at(view->data, term * view->strides[0], k->real_size);
     k->pack(line, below, flora_at(from, above * stride, k->real_size), 0, stride, 1, below, scale);
-    k->add(folded, line, below);
+    k->add(folded, 0, line, 0, 1, below);
     k->pack(line, above, from, 0, stride, 1, above, -scale);
-    k->add((char *)folded + (2 * points(p) - above) * (int64_t)k->real_size, line, above);
+    k->add((char *)folded + (2 * points(p) - above) * (int64_t)k->real_size, 0, line, 0, 1, above);
 }
 
 /* The spectra of all filters, a vector of them at a time. */

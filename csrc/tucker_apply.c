@@ -10,7 +10,8 @@
 /* What the caller gave. In forward y is written, in backward it is absent and dx, dy and d_* may be present. */
 typedef struct {
     const flora_view *y, *h, *x, *core;
-    const flora_view *factors[FLORA_MAX_ORDER]; /* of out, in and the kernel modes; a kernel mode's may be NULL */
+    const flora_view
+        *factors[FLORA_MAX_ORDER]; /* of out, in and the kernel modes; a convolution's but out may be NULL */
     const flora_view *dx, *dy, *d_core, *d_factors[FLORA_MAX_ORDER];
     double scale;
     const flora_geometry *geometry; /* NULL: a Linear */
@@ -36,6 +37,7 @@ static flora_status check(const arguments *a, flora_layer *layer, char *error) {
     const flora_view *to = a->y != NULL ? a->y : a->dy;
     const flora_dtype act = leading->dtype, real = flora_compute_dtype(act);
     const flora_view *u_out = a->factors[OF_OUT], *u_in = a->factors[OF_IN];
+    const int direct = u_in == NULL; /* without input factor: the core reads x itself */
     const int ndim = a->geometry != NULL ? a->geometry->ndim : 0, order = 2 + ndim;
     flora_status status;
 
@@ -67,10 +69,11 @@ static flora_status check(const arguments *a, flora_layer *layer, char *error) {
                            .groups = 1,
                            .taps = 1,
                            .pointwise = 1,
-                           .c_in = u_in->shape[0],
-                           .r_in = u_in->shape[1],
+                           .c_in = direct ? a->core->shape[1] : u_in->shape[0],
+                           .r_in = direct ? a->core->shape[1] : u_in->shape[1],
                            .r_out = u_out->shape[1],
-                           .h = a->h,
+                           .h = direct ? NULL : a->h,
+                           .k = direct ? a->h : NULL,
                            .u_in = u_in,
                            .core = a->core,
                            .u_out = u_out,
@@ -103,8 +106,8 @@ static flora_status check(const arguments *a, flora_layer *layer, char *error) {
     int64_t y[FLORA_MAX_NDIM] = {leading->shape[0], layer->groups * layer->c_out};
     int64_t h[FLORA_MAX_NDIM] = {leading->shape[0]}, core[FLORA_MAX_NDIM] = {layer->r_out, layer->r_in};
     const flora_view *input = a->x != NULL ? a->x : a->dx;
-    if (input == NULL && a->h == NULL)
-        return flora_fail(error, FLORA_BAD_VALUE, "one of x, dx and h must be given");
+    if (input == NULL && (direct || a->h == NULL))
+        return flora_fail(error, FLORA_BAD_VALUE, "one of x%s must be given", direct ? " and dx" : ", dx and h");
     layer->in_pixels = layer->padded_pixels = layer->out_pixels = ndim > 0 ? 1 : leading->shape[0];
     for (int i = 0; i < ndim; i++) {
         const flora_geometry *geometry = &layer->geometry;
@@ -118,7 +121,7 @@ static flora_status check(const arguments *a, flora_layer *layer, char *error) {
         if ((status = flora_check_spatial(geometry, i, layer->in[i], layer->kernel[i], &layer->padded[i],
                                           &layer->out[i], error)) != FLORA_OK)
             return status;
-        h[1 + i] = layer->padded[i];
+        h[1 + i] = direct ? layer->out[i] : layer->padded[i];
         y[2 + i] = layer->out[i];
         if (__builtin_mul_overflow(layer->taps, layer->kernel[i], &layer->taps) ||
             __builtin_mul_overflow(layer->in_pixels, layer->in[i], &layer->in_pixels) ||
@@ -133,7 +136,7 @@ static flora_status check(const arguments *a, flora_layer *layer, char *error) {
     if ((double)layer->padded_pixels * ((double)product + (double)layer->r_out + 64) * 27 > 0x1p60)
         return flora_fail(error, FLORA_BAD_SHAPE, "ranks of %lld and %lld make a padded input of %lld pixels too large",
                           (long long)layer->r_in, (long long)layer->r_out, (long long)layer->padded_pixels);
-    h[1 + ndim] = layer->groups * layer->r_in;
+    h[1 + ndim] = layer->groups * (direct ? layer->r_out : layer->r_in);
 
     const struct {
         flora_named named;
@@ -150,21 +153,22 @@ static flora_status check(const arguments *a, flora_layer *layer, char *error) {
         if ((status = flora_expect(expected[i].named.view, expected[i].named.name, expected[i].dtype, expected[i].ndim,
                                    expected[i].shape, error)) != FLORA_OK)
             return status;
-    int needs_h = 0; /* in backward */
+    int needs_h = 0, needs_x = direct && a->d_core != NULL; /* in backward */
     for (int m = 0; m < order; m++) {
         const int64_t dim = m == OF_OUT  ? layer->groups * layer->c_out
                             : m == OF_IN ? layer->c_in
                                          : layer->kernel[m - 2];
-        const int64_t shape[] = {dim, m == OF_OUT ? layer->r_out : m == OF_IN ? layer->r_in : core[m]};
+        const int64_t shape[2] = {dim, m == OF_OUT ? layer->r_out : m == OF_IN ? layer->r_in : core[m]};
         if ((status = flora_expect(a->factors[m], factor_name(a, m), real, 2, shape, error)) != FLORA_OK ||
             (status = flora_expect(a->d_factors[m], d_factor_name(a, m), real, 2, shape, error)) != FLORA_OK)
             return status;
         needs_h = needs_h || (m != OF_IN && a->d_factors[m] != NULL);
+        needs_x = needs_x || (m != OF_OUT && a->d_factors[m] != NULL && (direct || m == OF_IN));
     }
 
-    if (a->x == NULL && (a->d_factors[OF_IN] != NULL || (a->h == NULL && (needs_h || a->d_core != NULL))))
+    if (a->x == NULL && (needs_x || (a->h == NULL && (needs_h || a->d_core != NULL))))
         return flora_fail(error, FLORA_BAD_VALUE, "x may be left out only if %s is, and h is given",
-                          d_factor_name(a, OF_IN));
+                          direct ? "every gradient but that of factors[0]" : d_factor_name(a, OF_IN));
     if (a->x != NULL)
         layer->x = flora_field_of(a->x, ndim == 0);
     if (a->dy != NULL)
@@ -199,6 +203,7 @@ static flora_status check(const arguments *a, flora_layer *layer, char *error) {
 typedef struct {
     flora_scratch scratch;
     flora_view core, d_core;
+    flora_view u_in[2]; /* the core and its gradient as an input factor's, for a 1×1 convolution that has none */
     const flora_view *factors[FLORA_MAX_ORDER], *d_factors[FLORA_MAX_ORDER]; /* of the kernel modes alone */
     int order, needed, d_needed;
 } expansion;
@@ -237,6 +242,26 @@ static flora_status expand(const arguments *a, flora_layer *layer, expansion *e,
     return flora_tucker_reconstruct(&e->core, NULL, a->core, e->factors, e->order, 1.0, error);
 }
 
+/* A 1×1 convolution without input factor is one whose core is its input factor, transposed. */
+static void absorb(flora_layer *layer, expansion *e) {
+    if (layer->u_in != NULL || !layer->pointwise)
+        return;
+    const flora_view *from[] = {layer->core, layer->d_core};
+    for (int i = 0; i < 2; i++)
+        if (from[i] != NULL)
+            e->u_in[i] = (flora_view){.data = from[i]->data,
+                                      .dtype = from[i]->dtype,
+                                      .ndim = 2,
+                                      .shape = {layer->c_in, layer->r_out},
+                                      .strides = {from[i]->strides[1], from[i]->strides[0]}};
+    layer->u_in = &e->u_in[0];
+    layer->d_u_in = layer->d_core != NULL ? &e->u_in[1] : NULL;
+    layer->core = layer->d_core = NULL;
+    layer->r_in = layer->r_out;
+    layer->h = layer->k;
+    layer->k = NULL;
+}
+
 /* The operations ----------------------------------------------------------------------------------------------------*/
 
 static flora_status forward(const arguments *a, char *error) {
@@ -246,6 +271,7 @@ static flora_status forward(const arguments *a, char *error) {
     if (status != FLORA_OK)
         return status;
     status = expand(a, &layer, &e, error);
+    absorb(&layer, &e);
     if (status == FLORA_OK)
         status = flora_layer_forward(&layer, error);
     flora_release(&e.scratch);
@@ -259,6 +285,7 @@ static flora_status backward(const arguments *a, char *error) {
     if (status != FLORA_OK)
         return status;
     status = expand(a, &layer, &e, error);
+    absorb(&layer, &e);
     if (status == FLORA_OK)
         status = flora_layer_backward(&layer, error);
     if (status == FLORA_OK && e.d_needed)

@@ -51,13 +51,14 @@ static int64_t correlated(const flora_pixels *pixels, int64_t first, int64_t cou
     return taken;
 }
 
-/* out (pixels, width) = Σ_tap image (pixel at tap, depth) · matrix_tap (depth, width): the small convolution */
+/* out (pixels, width) = Σ_tap image (pixel at tap, depth) · matrix_tap (depth, width): the small convolution. The first
+ * pixel's tap 0 is `first` numbers into the image, rows of the matrix are `matrix_w` apart. */
 static void correlate(const flora_plan *p, const flora_tile *t, const flora_pixels *pixels, const void *image,
-                      int64_t channel, int64_t depth, const int64_t *taps, const void *matrix,
-                      const int64_t *matrix_taps, int64_t width, void *span_room, void *out) {
+                      int64_t first, int64_t channel, int64_t depth, const int64_t *taps, const void *matrix,
+                      const int64_t *matrix_taps, int64_t matrix_w, int64_t width, void *span_room, void *out) {
     for (int64_t done = 0, taken; done < t->pixels; done += taken) {
         int64_t span, run;
-        const int64_t offset = flora_pixel_at(pixels, t->first + done, &run);
+        const int64_t offset = first + flora_pixel_at(pixels, t->first + done, &run);
         taken = correlated(pixels, t->first + done, t->pixels - done, &span);
         void *to = span == taken ? reals(p, out, done * width) : span_room;
         if (p->dots != NULL)
@@ -67,7 +68,7 @@ static void correlate(const flora_plan *p, const flora_tile *t, const flora_pixe
                                       .a = (const uint16_t *)image + offset,
                                       .a_m = flora_pixel_stride(pixels),
                                       .b = matrix,
-                                      .b_w = width,
+                                      .b_w = matrix_w,
                                       .taps = p->layer->taps,
                                       .a_taps = taps,
                                       .b_taps = matrix_taps,
@@ -81,7 +82,7 @@ static void correlate(const flora_plan *p, const flora_tile *t, const flora_pixe
                                      .a_m = flora_pixel_stride(pixels),
                                      .a_k = channel,
                                      .b = matrix,
-                                     .b_k = width,
+                                     .b_k = matrix_w,
                                      .taps = p->layer->taps,
                                      .a_taps = taps,
                                      .b_taps = matrix_taps,
@@ -99,34 +100,47 @@ static void correlate(const flora_plan *p, const flora_tile *t, const flora_pixe
     }
 }
 
+/* h of the tile's image and group, and in *first where its first pixel is in it */
+static const void *h_of(const flora_plan *p, int chunk, const flora_tile *t, int64_t *first) {
+    *first = p->windows ? -t->window : t->image * p->h_batch + t->group * p->layer->r_in * p->h_channel;
+    return p->windows ? in_room(p, chunk, p->window) : p->h;
+}
+
 /* k (pixels, out_w) = Σ_tap h(at tap) · G_tapᵀ, from the padded image h */
 void flora_convolve(const flora_plan *p, int chunk, const flora_tile *t, void *k_tile) {
     const flora_layer *layer = p->layer;
     const void *matrix = at(p, p->core), *matrix_taps = at(p, p->taps_core);
     void *span = in_room(p, chunk, p->span);
-    if (p->dots != NULL)
-        correlate(p, t, &p->rows_out, h_rows(p, t->image, t->group), 1, layer->r_in, at(p, p->taps_rows), matrix,
-                  matrix_taps, p->out_w, span, k_tile);
-    else
-        correlate(p, t, &p->h_out, reals(p, p->h, t->image * p->h_batch + t->group * layer->r_in * p->h_channel),
-                  p->h_channel, layer->r_in, at(p, p->taps_a), matrix, matrix_taps, p->out_w, span, k_tile);
+    if (p->dots != NULL) {
+        correlate(p, t, &p->rows_out, h_rows(p, t->image, t->group), 0, 1, layer->r_in, at(p, p->taps_rows), matrix,
+                  matrix_taps, p->out_w, p->out_w, span, k_tile);
+        return;
+    }
+    int64_t first;
+    const void *image = h_of(p, chunk, t, &first);
+    correlate(p, t, &p->h_out, image, first, p->h_channel, layer->r_in, at(p, p->taps_a), matrix, matrix_taps, p->out_w,
+              p->out_w, span, k_tile);
 }
 
-/* dh (pixels, in_w) = Σ_tap dk(at tap) · G_tap, from dk's image with its margins */
-void flora_convolve_back(const flora_plan *p, int chunk, const flora_tile *t, void *dh_tile) {
+/* dh (pixels, width) = Σ_tap dk(at tap) · G_tap of the input channels from `channel` on, from dk's image with its
+ * margins */
+void flora_convolve_back(const flora_plan *p, int chunk, const flora_tile *t, int64_t channel, int64_t width,
+                         void *dh_tile) {
     const void *image = (char *)at(p, p->dk) + (t->image * p->layer->groups + t->group) * p->dk_size * p->number;
-    correlate(p, t, &p->dk_in, image, 1, p->layer->r_out, at(p, p->taps_dk), at(p, p->core_t), at(p, p->taps_core_t),
-              p->in_w, in_room(p, chunk, p->span), dh_tile);
+    correlate(p, t, &p->dk_in, image, 0, 1, p->layer->r_out, at(p, p->taps_dk), reals(p, at(p, p->core_t), channel),
+              at(p, p->taps_core_t), p->in_w, width, in_room(p, chunk, p->span), dh_tile);
 }
 
-/* dG_tap (r_in, out_w) += h(at tap)ᵀ · dk, transposed so that h, whose rows are not padded, is the broadcast side. Runs
- * of equal length are the taps of one product, so that its sums stay in registers. */
+/* dG_tap (r_in, out_w) += h(at tap)ᵀ · dk, transposed so that h, whose rows are not padded, is the broadcast side; of a
+ * window, whose rows are padded and long, dG_tap (r_out, in_w) += dkᵀ · h(at tap). Runs of equal length are the taps of
+ * one product, so that its sums stay in registers. */
 void flora_core_gradient(const flora_plan *p, int chunk, const flora_tile *t, const void *dk, void *sums) {
     const flora_layer *layer = p->layer;
     const flora_pixels *pixels = p->by_planes ? &p->planes_out : &p->h_out;
     const int64_t *taps = at(p, p->by_planes ? p->taps_planes : p->taps_a);
     int64_t *runs_h = in_room(p, chunk, p->runs_h), *runs_dk = in_room(p, chunk, p->runs_dk);
-    const void *image = reals(p, p->h, t->image * p->h_batch + t->group * layer->r_in * p->h_channel);
+    int64_t first = 0;
+    const void *image = p->by_planes ? NULL : h_of(p, chunk, t, &first);
     for (int64_t done = 0; done < t->pixels;) {
         int64_t run = 0, runs = 0;
         uint16_t *pairs = in_room(p, chunk, p->block), *pairs_end = pairs;
@@ -136,7 +150,7 @@ void flora_core_gradient(const flora_plan *p, int chunk, const flora_tile *t, co
             if (runs > 0 && length != run)
                 break;
             run = length;
-            runs_h[runs] = offset;
+            runs_h[runs] = first + offset;
             runs_dk[runs++] = p->by_planes ? pairs_end - pairs : done * p->out_w;
             if (p->by_planes) {
                 p->dots->pair_rounded(pairs_end, p->out_w, reals(p, dk, done * p->out_w), p->out_w, run, layer->r_out);
@@ -144,7 +158,24 @@ void flora_core_gradient(const flora_plan *p, int chunk, const flora_tile *t, co
             }
         }
         for (int64_t tap = 0; tap < layer->taps; tap++) {
-            void *sum = reals(p, sums, tap * layer->r_in * p->out_w);
+            void *sum = reals(p, sums, tap * flora_core_sums(p));
+            if (p->windows) {
+                multiply(p, (flora_gemm){.m = layer->r_out,
+                                         .n = layer->r_in,
+                                         .k = run,
+                                         .a = dk,
+                                         .a_m = 1,
+                                         .a_k = p->out_w,
+                                         .b = reals(p, image, taps[tap]),
+                                         .b_k = flora_pixel_stride(&p->h_out),
+                                         .taps = runs,
+                                         .a_taps = runs_dk,
+                                         .b_taps = runs_h,
+                                         .c_in = sum,
+                                         .c = sum,
+                                         .c_m = p->in_w});
+                continue;
+            }
             if (p->by_planes) {
                 p->dots->dot(&(flora_dot){.m = layer->r_in,
                                           .n = p->out_w,
@@ -177,6 +208,11 @@ void flora_core_gradient(const flora_plan *p, int chunk, const flora_tile *t, co
                                      .c_m = p->out_w});
         }
     }
+}
+
+/* The reals of a tap's sums. */
+int64_t flora_core_sums(const flora_plan *p) {
+    return p->windows ? p->layer->r_out * p->in_w : p->layer->r_in * p->out_w;
 }
 
 /* dk's tile into its image */
@@ -251,8 +287,8 @@ void flora_fold(const flora_plan *p, int64_t slice) {
                 continue;
             const int64_t target = before + shown(layer, mode, i);
             for (int64_t o = 0; o < outer; o++)
-                p->kernels->add(reals(p, dh, (o * extent + target) * inner), reals(p, dh, (o * extent + i) * inner),
-                                inner);
+                p->kernels->add(reals(p, dh, (o * extent + target) * inner), 0, reals(p, dh, (o * extent + i) * inner),
+                                0, 1, inner);
         }
         outer *= extent;
     }
@@ -338,16 +374,15 @@ void flora_transposed_line(const flora_plan *p, int64_t line, int64_t begin, int
     }
 }
 
-/* dh's tile (pixels, in_w), interior pixels only. */
-void flora_load_dh(const flora_plan *p, const flora_tile *t, void *dh_tile) {
+/* dh's tile (pixels, width) of the input channels from `channel` on, interior pixels only. */
+void flora_load_dh(const flora_plan *p, const flora_tile *t, int64_t channel, int64_t width, void *dh_tile) {
     const flora_layer *layer = p->layer;
+    const int64_t image = (t->image * layer->groups + t->group) * layer->padded_pixels * p->in_w + p->dh_interior;
     for (int64_t done = 0, run; done < t->pixels; done += run) {
-        const int64_t offset = flora_pixel_at(&p->dh_in, t->first + done, &run) + p->dh_interior;
+        const int64_t offset = flora_pixel_at(&p->dh_in, t->first + done, &run);
         run = flora_min(run, t->pixels - done);
-        p->kernels->copy(
-            reals(p, dh_tile, done * p->in_w), p->in_w,
-            reals(p, at(p, p->dh), (t->image * layer->groups + t->group) * layer->padded_pixels * p->in_w + offset),
-            flora_pixel_stride(&p->dh_in), 1, run, p->in_w);
+        p->kernels->copy(reals(p, dh_tile, done * width), width, reals(p, at(p, p->dh), image + offset + channel),
+                         flora_pixel_stride(&p->dh_in), 1, run, width);
     }
 }
 

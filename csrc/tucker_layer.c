@@ -11,7 +11,8 @@
  * Work is cut into tiles of pixels of one image and one group. Everything that has `rank` columns lives in tiles with
  * channels last, padded to the vector width, in scratch; x, y, dy and dx are read and written where they are, once.
  * A pointwise layer (a Linear, or a 1×1 convolution) does a whole tile, forward or backward, in one go. Otherwise h is
- * a padded image of its own, and backward runs the small transposed convolution dk → dh between the two halves.
+ * a padded image of its own, and backward runs the small transposed convolution dk → dh between the two halves. Without
+ * U_in that image is x, padded, of which there are windows only, and dx += dh.
  *
  * Every element of y, dx and h is computed by one task in one order. Gradients of the parameters are sums over pixels:
  * each chunk of tasks has its own, and they are added in the order of the chunks.
@@ -155,10 +156,11 @@ static const void *mix(const flora_plan *p, const flora_tile *t, const void *h_t
 static void forward_chunk(int chunk, const flora_plan *p) {
     const flora_layer *layer = p->layer;
     const int64_t tasks = out_tiles(p);
+    flora_window window = {.slice = -1};
     void *h_tile = in_room(p, chunk, p->h_tile), *k_tile = in_room(p, chunk, p->k_tile);
     for (int64_t task = flora_chunk_begin(tasks, chunk, p->chunks);
          task < flora_chunk_begin(tasks, chunk + 1, p->chunks); task++) {
-        const flora_tile t = out_tile_of(p, task);
+        flora_tile t = out_tile_of(p, task);
         const void *k = k_tile;
         if (layer->pointwise) {
             project_x(p, &t, in_room(p, chunk, p->block), h_tile);
@@ -166,7 +168,11 @@ static void forward_chunk(int chunk, const flora_plan *p) {
                 flora_store_h(p, &t, h_tile);
             k = mix(p, &t, h_tile, k_tile);
         } else {
+            if (p->windows)
+                flora_move_window(p, chunk, &window, &t);
             flora_convolve(p, chunk, &t, k_tile);
+            if (layer->k != NULL)
+                flora_store_k(p, &t, k_tile);
         }
         const int64_t u = layer->y.planes ? t.group * layer->c_out * layer->r_out : t.group * layer->r_out * p->y_w;
         flora_expand(p, &layer->y, &t, layer->c_out, k, p->out_w, layer->r_out, reals(p, at(p, p->to_y), u), p->y_w,
@@ -199,13 +205,17 @@ static void backward_chunk(int chunk, const flora_plan *p) {
     const int needs_k = layer->d_u_out != NULL, needs_h = needs_k || layer->d_core != NULL;
     void *h_tile = in_room(p, chunk, p->h_tile), *k_tile = in_room(p, chunk, p->k_tile);
     void *dh_tile = in_room(p, chunk, p->dh_tile), *block = in_room(p, chunk, p->block);
+    const int needs_window = p->windows && ((needs_k && layer->k == NULL) || layer->d_core != NULL);
+    flora_window window = {.slice = -1};
     memset(in_sums(p, chunk, 0), 0, (size_t)p->sums_size);
     if (p->gathers)
         margins_chunk(chunk, p);
     for (int64_t task = flora_chunk_begin(tasks, chunk, p->chunks);
          task < flora_chunk_begin(tasks, chunk + 1, p->chunks); task++) {
-        const flora_tile t = out_tile_of(p, task);
+        flora_tile t = out_tile_of(p, task);
         const void *k = k_tile;
+        if (needs_window)
+            flora_move_window(p, chunk, &window, &t);
         void *dk = in_room(p, chunk, p->dk_tile);
         if (layer->pointwise && needs_h) {
             if (p->h != NULL)
@@ -214,6 +224,8 @@ static void backward_chunk(int chunk, const flora_plan *p) {
                 project_x(p, &t, block, h_tile);
             if (needs_k)
                 k = mix(p, &t, h_tile, k_tile);
+        } else if (needs_k && layer->k != NULL) {
+            flora_load_k(p, &t, k_tile);
         } else if (needs_k) {
             flora_convolve(p, chunk, &t, k_tile);
         }
@@ -288,11 +300,18 @@ static void finish_chunk(int chunk, const flora_plan *p) {
     for (int64_t task = flora_chunk_begin(tasks, chunk, p->chunks);
          task < flora_chunk_begin(tasks, chunk + 1, p->chunks); task++) {
         const flora_tile t = in_tile_of(p, task);
-        if (p->gathers)
-            flora_convolve_back(p, chunk, &t, dh_tile);
-        else
-            flora_load_dh(p, &t, dh_tile);
-        finish_tile(p, chunk, &t, dh_tile);
+        for (int64_t c = 0; c < p->in_w; c += p->dh_w) {
+            const int64_t width = flora_min(p->dh_w, p->in_w - c);
+            if (p->gathers)
+                flora_convolve_back(p, chunk, &t, c, width, dh_tile);
+            else
+                flora_load_dh(p, &t, c, width, dh_tile);
+            if (p->windows)
+                flora_add_dh(p, &t, c, flora_min(width, p->layer->c_in - c), dh_tile, width,
+                             in_room(p, chunk, p->turned));
+            else
+                finish_tile(p, chunk, &t, dh_tile);
+        }
     }
 }
 
@@ -322,12 +341,14 @@ static void add_up_chunk(int chunk, const flora_plan *p) {
         add_up(p, layer->d_u_out, &layer->dy, p->d_u_out, p->out_w, chunk, layer->scale);
     if (layer->d_core == NULL || layer->d_core->data == NULL)
         return;
+    const int rows = p->windows ? 0 : 1; /* the core's mode along which the sums have rows */
     for (int64_t tap = flora_chunk_begin(layer->taps, chunk, p->chunks);
          tap < flora_chunk_begin(layer->taps, chunk + 1, p->chunks); tap++)
         p->kernels->sum(flora_at(layer->d_core->data, flora_core_tap(layer, layer->d_core, tap), p->kernels->real_size),
-                        layer->d_core->strides[1], layer->d_core->strides[0],
-                        reals(p, in_sums(p, 0, p->d_core), tap * layer->r_in * p->out_w), p->out_w, p->chunks,
-                        p->sums_size / (int64_t)p->kernels->real_size, layer->r_in, layer->r_out, 1.0);
+                        layer->d_core->strides[rows], layer->d_core->strides[1 - rows],
+                        reals(p, in_sums(p, 0, p->d_core), tap * flora_core_sums(p)), p->windows ? p->in_w : p->out_w,
+                        p->chunks, p->sums_size / (int64_t)p->kernels->real_size,
+                        p->windows ? layer->r_out : layer->r_in, p->windows ? layer->r_in : layer->r_out, 1.0);
 }
 
 flora_status flora_layer_forward(const flora_layer *layer, char *error) {
@@ -335,10 +356,11 @@ flora_status flora_layer_forward(const flora_layer *layer, char *error) {
     if (layer->batch == 0 || layer->r_in == 0)
         return FLORA_OK;
     const size_t real = layer->kernels->real_size;
-    flora_plan_common(&p, layer, layer->y.planes, !layer->pointwise);
+    const int projects = layer->u_in != NULL;
+    flora_plan_common(&p, layer, layer->y.planes, !layer->pointwise && projects);
     p.chunks = flora_chunks(flora_max(in_tiles(&p), out_tiles(&p)), flora_layer_cost(layer));
     flora_plan_rooms(&p, 0);
-    p.u_in = flora_reserve(&p.scratch, layer->c_in, p.in_w, 1, real);
+    p.u_in = flora_reserve(&p.scratch, projects ? layer->c_in : 0, p.in_w, 1, real);
     p.to_y = flora_reserve(&p.scratch, layer->groups, layer->r_out, p.y_w, real);
     if (p.dots != NULL && !layer->pointwise)
         flora_plan_h_copies(&p, 0);
@@ -347,10 +369,11 @@ flora_status flora_layer_forward(const flora_layer *layer, char *error) {
         return status;
 
     flora_place_taps(&p);
-    flora_pack_factor(&p, p.u_in, layer->u_in, &layer->x, 1, p.in_w, 1.0);
+    if (projects)
+        flora_pack_factor(&p, p.u_in, layer->u_in, &layer->x, 1, p.in_w, 1.0);
     flora_pack_core(&p);
     flora_pack_expand(&p, p.to_y, layer->u_out, &layer->y, layer->groups, p.y_w, layer->scale);
-    if (!layer->pointwise)
+    if (!layer->pointwise && projects)
         project(&p);
     if (p.h_w > 0)
         in_parallel(&p, round_h_chunk);
@@ -365,7 +388,7 @@ flora_status flora_layer_backward(const flora_layer *layer, char *error) {
     const int needs_h = layer->d_u_out != NULL || layer->d_core != NULL;
     const int needs_dh = layer->d_u_in != NULL || layer->dx.data != NULL;
     const int empty = layer->batch == 0 || layer->r_in == 0 || layer->r_out == 0; /* all gradients are zero */
-    const int projects = needs_h && layer->h == NULL && !empty;
+    const int projects = needs_h && layer->u_in != NULL && layer->h == NULL && !empty;
     flora_scratch sums = {.size = 0};
     flora_plan_common(&p, layer, layer->dx.planes, projects && !layer->pointwise);
     p.chunks = flora_chunks(flora_max(in_tiles(&p), out_tiles(&p)), 2 * flora_layer_cost(layer));
@@ -374,14 +397,14 @@ flora_status flora_layer_backward(const flora_layer *layer, char *error) {
     p.core_t = flora_reserve(&p.scratch, flora_taps_or_none(layer), layer->r_out, p.in_w, real);
     if (projects)
         p.u_in = flora_reserve(&p.scratch, layer->c_in, p.in_w, 1, real);
-    if (layer->dx.data != NULL)
+    if (layer->dx.data != NULL && !p.windows)
         p.to_dx = flora_reserve(&p.scratch, layer->r_in, p.dx_w, 1, real);
     if (!layer->pointwise && needs_dh)
         flora_plan_dk(&p);
     if (p.dots != NULL && !layer->pointwise && needs_h && !empty)
         flora_plan_h_copies(&p, layer->d_core != NULL);
     p.d_u_in = flora_reserve(&sums, layer->d_u_in != NULL ? flora_round_up(layer->c_in, p.lanes) : 0, p.in_w, 1, real);
-    p.d_core = flora_reserve(&sums, layer->d_core != NULL ? layer->taps : 0, layer->r_in, p.out_w, real);
+    p.d_core = flora_reserve(&sums, layer->d_core != NULL ? layer->taps : 0, flora_core_sums(&p), 1, real);
     p.d_u_out = flora_reserve(&sums, layer->d_u_out != NULL ? flora_round_up(layer->groups * layer->c_out, p.lanes) : 0,
                               p.out_w, 1, real);
     p.sums_size = (int64_t)sums.size;
@@ -397,7 +420,7 @@ flora_status flora_layer_backward(const flora_layer *layer, char *error) {
     flora_pack_core_t(&p);
     if (projects)
         flora_pack_factor(&p, p.u_in, layer->u_in, &layer->x, 1, p.in_w, 1.0);
-    if (layer->dx.data != NULL)
+    if (layer->dx.data != NULL && !p.windows)
         flora_pack_expand(&p, p.to_dx, layer->u_in, &layer->dx, 1, p.dx_w, 1.0);
     if (projects && !layer->pointwise)
         project(&p);

@@ -30,8 +30,9 @@ typedef struct {
 
     flora_field x, y; /* in backward: x, dx, dy */
     flora_field dx, dy;
-    const flora_view *h; /* (pixels, groups · r_in) or (batch, *padded, groups · r_in), or NULL */
-    const flora_view *u_in, *core, *u_out;
+    const flora_view *h;                   /* (pixels, groups · r_in) or (batch, *padded, groups · r_in), or NULL */
+    const flora_view *k;                   /* without input factor (batch, *out, groups · r_out), or NULL */
+    const flora_view *u_in, *core, *u_out; /* u_in NULL: the identity, r_in = c_in, and never pointwise */
     const flora_view *d_u_in, *d_core, *d_u_out;
 } flora_layer;
 

@@ -84,7 +84,7 @@ int64_t flora_taps_or_none(const flora_layer *layer) {
 
 /* Multiplications of one pass over all pixels, of the whole layer. */
 double flora_layer_cost(const flora_layer *layer) {
-    const double in = (double)layer->in_pixels * (double)layer->c_in * (double)layer->r_in;
+    const double in = layer->u_in != NULL ? (double)layer->in_pixels * (double)layer->c_in * (double)layer->r_in : 0;
     const double out = (double)layer->out_pixels * (double)layer->r_out;
     const double slices = (double)layer->batch * (double)layer->groups;
     return 2 * slices * (in + out * ((double)layer->c_out + (double)flora_taps_or_none(layer) * (double)layer->r_in));
@@ -95,7 +95,8 @@ void flora_plan_common(flora_plan *p, const flora_layer *layer, int planes, int 
     const size_t real = layer->kernels->real_size;
     p->layer = layer;
     p->kernels = layer->kernels;
-    p->dots = flora_isa_dots(layer->act, flora_layer_cost(layer));
+    p->windows = layer->u_in == NULL;
+    p->dots = p->windows ? NULL : flora_isa_dots(layer->act, flora_layer_cost(layer));
     p->numbers = p->dots != NULL && !layer->pointwise ? 2 : 1;
     p->number = p->dots != NULL ? (int64_t)sizeof(uint16_t) : (int64_t)real;
     p->tile = planes ? PLANE_TILE : ROW_TILE;
@@ -106,6 +107,7 @@ void flora_plan_common(flora_plan *p, const flora_layer *layer, int planes, int 
     p->out_w = flora_round_up(layer->r_out, p->lanes);
     p->y_w = flora_round_up(layer->c_out, p->lanes);
     p->dx_w = flora_round_up(layer->c_in, p->lanes);
+    p->dh_w = p->windows ? flora_min(p->in_w, BLOCK) : p->in_w;
 
     /* h's own layout, or the caller's */
     int64_t pixel = layer->groups * layer->r_in, stride[FLORA_MAX_SPATIAL];
@@ -115,6 +117,10 @@ void flora_plan_common(flora_plan *p, const flora_layer *layer, int planes, int 
         pixel *= layer->padded[mode];
     }
     p->h_batch = pixel;
+    if (p->windows)
+        flora_plan_window(p);
+    if (layer->k != NULL)
+        p->k_out = flora_pixels_of(layer->ndim, layer->out, layer->k->strides + 1);
     if (layer->h != NULL && layer->ndim == 0) {
         p->h_channel = layer->h->strides[1];
         p->h_in = flora_pixels_of(1, layer->h->shape, layer->h->strides);
@@ -202,19 +208,24 @@ void flora_plan_dk(flora_plan *p) {
 void flora_plan_rooms(flora_plan *p, int64_t line_taps) {
     const size_t real = p->kernels->real_size;
     flora_scratch room = {.size = 0};
-    p->h_tile = flora_reserve(&room, p->tile, p->in_w, 1, real);
+    const int64_t width = flora_max(p->dh_w, p->out_w);
+    p->h_tile = flora_reserve(&room, p->windows ? 0 : p->tile, p->in_w, 1, real);
     p->k_tile = flora_reserve(&room, p->tile, p->out_w, 1, real);
     p->dk_tile = flora_reserve(&room, p->tile, p->out_w, 1, real);
-    p->dh_tile = flora_reserve(&room, p->tile, p->in_w, 1, real);
-    p->turned = flora_reserve(&room, p->tile, flora_max(p->in_w, p->out_w), 1, real);
+    p->dh_tile = flora_reserve(&room, p->tile, p->dh_w, 1, real);
+    p->turned = flora_reserve(&room, p->tile, width, 1, real);
     if (p->dots != NULL)
-        p->block = p->turned = flora_reserve(&room, flora_dots_room(p->tile, flora_max(p->in_w, p->out_w)), 1, 1, 1);
+        p->block = p->turned = flora_reserve(&room, flora_dots_room(p->tile, width), 1, 1, 1);
     else
         p->block = flora_reserve(&room, p->tile, BLOCK, 1, real);
     if (!p->layer->pointwise) {
-        p->span = flora_reserve(&room, 2 * p->tile, flora_max(p->in_w, p->out_w), 1, real);
+        p->span = flora_reserve(&room, 2 * p->tile, width, 1, real);
         p->runs_h = flora_reserve(&room, p->tile, 1, 1, sizeof(int64_t));
         p->runs_dk = flora_reserve(&room, p->tile, 1, 1, sizeof(int64_t));
+    }
+    if (p->windows && p->layer->x.data != NULL) {
+        p->window = flora_reserve(&room, p->window_pixels, p->h_stride[p->layer->ndim - 1], 1, real);
+        p->line = flora_reserve(&room, p->kernels->act_size == real ? 0 : p->layer->c_in, p->tile, 1, real);
     }
     p->line_taps_dk = flora_reserve(&room, line_taps, 1, 1, sizeof(int64_t));
     p->line_taps_core = flora_reserve(&room, line_taps, 1, 1, sizeof(int64_t));

@@ -1,7 +1,8 @@
 /* How a call on a layer is laid out: its tiles, its scratch and the places in it, and the steps that work on them.
  *
  * What a step computes is said where it is defined: tucker_tile.c has the steps on one tile, tucker_images.c those on
- * the images of h, dk and dh, tucker_plan.c sizes, places and packs. tucker_layer.c puts them in order. */
+ * the images of h, dk and dh, tucker_window.c what stands for h without an input factor, tucker_plan.c sizes, places
+ * and packs. tucker_layer.c puts them in order. */
 #ifndef FLORA_TUCKER_PLAN_H
 #define FLORA_TUCKER_PLAN_H
 
@@ -42,7 +43,10 @@ typedef struct {
     flora_pixels h_in, h_out; /* its pixels as the input numbers them, and (for tap 0) the output */
     int owns_h;               /* h is scratch, since the caller has none */
     size_t h_scratch;
-    size_t dk; /* (batch, groups, *(out + margins), out_w) */
+    int windows;                        /* without input factor: h is the padded x, of which each chunk has a window */
+    int64_t window_rows, window_pixels; /* output positions of mode 0 that one serves, and its pixels */
+    flora_pixels k_out;                 /* the pixels of the caller's k, as the output numbers them */
+    size_t dk;                          /* (batch, groups, *(out + margins), out_w) */
     int64_t dk_size, dk_margin[FLORA_MAX_SPATIAL][2], dk_interior;
     flora_pixels dk_out, dk_in;  /* its pixels as the output numbers them, and as the input does (for offset 0) */
     int gathers;                 /* dh's tiles are gathered from dk's image, whose margins are zero */
@@ -65,15 +69,23 @@ typedef struct {
     size_t rooms, sums;
     int64_t room_size, sums_size;                                 /* bytes */
     size_t h_tile, k_tile, dk_tile, dh_tile, turned, block, span; /* within a room */
-    size_t line_taps_dk, line_taps_core, runs_h, runs_dk;
-    /* within the sums: (c_in, in_w), (taps, r_in, out_w), (groups · c_out, out_w), or as turned_sums says */
+    size_t line_taps_dk, line_taps_core, runs_h, runs_dk, window, line;
+    int64_t dh_w; /* the row width of dh's tile: in_w, or of the input channels that are taken at a time */
+    /* within the sums: (c_in, in_w), (taps, r_in, out_w), or of windows (taps, r_out, in_w), and (groups · c_out,
+     * out_w), or as turned_sums says */
     size_t d_u_in, d_core, d_u_out;
 } flora_plan;
 
 /* The tile: `pixels` pixels from `first` on, of one image and group. */
 typedef struct {
     int64_t image, group, first, pixels;
+    int64_t window; /* how many reals of its image are before its window */
 } flora_tile;
+
+/* What a chunk's window has: padded x for output positions [begin, end) of mode 0. A slice of -1: nothing. */
+typedef struct {
+    int64_t slice, begin, end;
+} flora_window;
 
 static inline void *at(const flora_plan *p, size_t offset) {
     return p->scratch.base + offset;
@@ -111,21 +123,31 @@ void flora_expand(const flora_plan *p, const flora_field *field, const flora_til
                   int64_t k_w, int64_t rank, const void *u, int64_t u_w, void *room);
 void flora_load_h(const flora_plan *p, const flora_tile *t, void *h_tile);
 void flora_store_h(const flora_plan *p, const flora_tile *t, const void *h_tile);
+void flora_load_k(const flora_plan *p, const flora_tile *t, void *k_tile);
+void flora_store_k(const flora_plan *p, const flora_tile *t, const void *k_tile);
+void flora_add_dh(const flora_plan *p, const flora_tile *t, int64_t channel, int64_t channels, void *dh_tile,
+                  int64_t width, void *room);
 int flora_turned_sums(const flora_plan *p, const flora_field *field);
 int64_t flora_sums_w(const flora_plan *p, const flora_field *field, int64_t channels, int64_t width);
 
 /* tucker_images.c */
 void flora_round_h(const flora_plan *p, int chunk, int64_t slice);
 void flora_convolve(const flora_plan *p, int chunk, const flora_tile *t, void *k_tile);
-void flora_convolve_back(const flora_plan *p, int chunk, const flora_tile *t, void *dh_tile);
+void flora_convolve_back(const flora_plan *p, int chunk, const flora_tile *t, int64_t channel, int64_t width,
+                         void *dh_tile);
 void flora_core_gradient(const flora_plan *p, int chunk, const flora_tile *t, const void *dk, void *sums);
+int64_t flora_core_sums(const flora_plan *p);
 void flora_store_dk(const flora_plan *p, const flora_tile *t, const void *dk_tile);
 void flora_pad_line(const flora_plan *p, int64_t line);
 void flora_fold(const flora_plan *p, int64_t slice);
 void flora_transposed_line(const flora_plan *p, int64_t line, int64_t begin, int64_t end, int64_t *taps_dk,
                            int64_t *taps_core);
-void flora_load_dh(const flora_plan *p, const flora_tile *t, void *dh_tile);
+void flora_load_dh(const flora_plan *p, const flora_tile *t, int64_t channel, int64_t width, void *dh_tile);
 void flora_clear_margins(const flora_plan *p, int64_t slice);
+
+/* tucker_window.c */
+void flora_plan_window(flora_plan *p);
+void flora_move_window(const flora_plan *p, int chunk, flora_window *w, flora_tile *t);
 
 /* tucker_plan.c */
 void flora_plan_common(flora_plan *p, const flora_layer *layer, int planes, int spare_h);

@@ -138,24 +138,70 @@ void flora_expand(const flora_plan *p, const flora_field *field, const flora_til
     }
 }
 
+/* A tile (pixels, width) from `rank` channels of an image of reals, whose pixels are numbered as the tile's. */
+static void load_image(const flora_plan *p, const flora_tile *t, const flora_pixels *pixels, const void *image,
+                       int64_t channel, int64_t rank, void *tile, int64_t width) {
+    for (int64_t done = 0, run; done < t->pixels; done += run) {
+        const int64_t offset = flora_pixel_at(pixels, t->first + done, &run);
+        run = flora_min(run, t->pixels - done);
+        p->kernels->pack(reals(p, tile, done * width), width, reals(p, image, offset), flora_pixel_stride(pixels),
+                         channel, run, rank, 1.0);
+    }
+}
+
+/* The same the other way, to channels of unit stride. */
+static void store_image(const flora_plan *p, const flora_tile *t, const flora_pixels *pixels, void *image, int64_t rank,
+                        const void *tile, int64_t width) {
+    for (int64_t done = 0, run; done < t->pixels; done += run) {
+        const int64_t offset = flora_pixel_at(pixels, t->first + done, &run);
+        run = flora_min(run, t->pixels - done);
+        p->kernels->copy(reals(p, image, offset), flora_pixel_stride(pixels), reals(p, tile, done * width), width, 1,
+                         run, rank);
+    }
+}
+
 /* h's tile (pixels, in_w) from or to the image h, interior pixels only. */
 void flora_load_h(const flora_plan *p, const flora_tile *t, void *h_tile) {
     const int64_t r = p->layer->r_in;
-    for (int64_t done = 0, run; done < t->pixels; done += run) {
-        const int64_t offset = flora_pixel_at(&p->h_in, t->first + done, &run);
-        run = flora_min(run, t->pixels - done);
-        const void *from = reals(p, p->h, t->image * p->h_batch + p->h_interior + t->group * r * p->h_channel + offset);
-        p->kernels->pack(reals(p, h_tile, done * p->in_w), p->in_w, from, flora_pixel_stride(&p->h_in), p->h_channel,
-                         run, r, 1.0);
-    }
+    load_image(p, t, &p->h_in, reals(p, p->h, t->image * p->h_batch + p->h_interior + t->group * r * p->h_channel),
+               p->h_channel, r, h_tile, p->in_w);
 }
 
 void flora_store_h(const flora_plan *p, const flora_tile *t, const void *h_tile) {
     const int64_t r = p->layer->r_in;
+    store_image(p, t, &p->h_in, reals(p, p->h, t->image * p->h_batch + p->h_interior + t->group * r), r, h_tile,
+                p->in_w);
+}
+
+/* k's tile (pixels, out_w) from or to the caller's k. */
+static void *k_of(const flora_plan *p, const flora_tile *t, int64_t channel) {
+    const flora_view *k = p->layer->k;
+    return flora_at(k->data, t->image * k->strides[0] + t->group * p->layer->r_out * channel, p->kernels->real_size);
+}
+
+void flora_load_k(const flora_plan *p, const flora_tile *t, void *k_tile) {
+    const int64_t channel = p->layer->k->strides[1 + p->layer->ndim];
+    load_image(p, t, &p->k_out, k_of(p, t, channel), channel, p->layer->r_out, k_tile, p->out_w);
+}
+
+void flora_store_k(const flora_plan *p, const flora_tile *t, const void *k_tile) {
+    store_image(p, t, &p->k_out, k_of(p, t, 1), p->layer->r_out, k_tile, p->out_w);
+}
+
+/* dx (pixels, channels from `channel` on) += dh's tile (pixels, width) */
+void flora_add_dh(const flora_plan *p, const flora_tile *t, int64_t channel, int64_t channels, void *dh_tile,
+                  int64_t width, void *room) {
+    const flora_field *dx = &p->layer->dx;
+    if (dx->planes)
+        p->kernels->transpose(room, p->tile, dh_tile, width, t->pixels, channels);
     for (int64_t done = 0, run; done < t->pixels; done += run) {
-        const int64_t offset = flora_pixel_at(&p->h_in, t->first + done, &run);
+        const int64_t offset = flora_pixel_at(&dx->pixels, t->first + done, &run);
         run = flora_min(run, t->pixels - done);
-        void *to = reals(p, p->h, t->image * p->h_batch + p->h_interior + t->group * r + offset);
-        p->kernels->copy(to, flora_pixel_stride(&p->h_in), reals(p, h_tile, done * p->in_w), p->in_w, 1, run, r);
+        char *to = field_at(p, dx, t->image, t->group * p->layer->c_in + channel, offset);
+        if (dx->planes)
+            p->kernels->add_act(to, dx->channel, reals(p, room, done), p->tile, channels, run);
+        else
+            p->kernels->add_act(to, flora_pixel_stride(&dx->pixels), reals(p, dh_tile, done * width), width, run,
+                                channels);
     }
 }

@@ -110,8 +110,12 @@ class AdaptedLayer(nn.Module):
 
     # Deltas ---------------------------------------------------------------------------------------------------------
 
-    def add_delta(self, adapter: str, config: DeltaConfig, *, trainable: bool = True) -> Delta:
+    def add_delta(
+        self, adapter: str, config: DeltaConfig, *, trainable: bool = True, shapes_only: bool = False
+    ) -> Delta:
         """Builds the delta of ``config`` under the name ``adapter``; it is not active before `set_active`.
+
+        With ``shapes_only`` nothing is drawn or decomposed, for values that are loaded afterwards.
 
         Raises TypeError, naming the module, if such a delta cannot be put on it; ValueError for a name that is taken or
         unfit, ranks that do not fit, or dropout on a layer whose delta has no input of its own (packed attention,
@@ -126,7 +130,7 @@ class AdaptedLayer(nn.Module):
         reason = undroppable(self.base_layer, config)
         if reason is not None:
             raise ValueError(f"{self._label}: {reason}")
-        delta = _deltas.build(config, site_of(self.base_layer, config, self._label))
+        delta = _deltas.build(config, site_of(self.base_layer, config, self._label, shapes_only))
         if isinstance(delta, WeightDelta) and not self._kind.shiftable and delta.bias_update(None) is not None:
             raise TypeError(
                 f"{self._label} cannot be adapted: the bias of {describe(self.base_layer)} cannot be updated"
@@ -602,16 +606,16 @@ def _dropped(args: tuple[Any, ...], kwargs: dict[str, Any], dropout: float) -> t
     return args, kwargs
 
 
-def site_of(module: nn.Module, config: DeltaConfig, name: str) -> Site:
+def site_of(module: nn.Module, config: DeltaConfig, name: str, shapes_only: bool = False) -> Site:
     """What a delta of ``config`` has to know of the unadapted module, which it fits."""
     kind, shape = kind_or_module(module), delta_shape(module, config)
     held = [*module.parameters(), *module.buffers()]
     device = held[0].device if held else torch.device("cpu")
     dtype = compute_dtype(next((t.dtype for t in held if t.is_floating_point()), torch.float32))
     if config.of_output:
-        return Site(shape, dtype, device, name=name, output=output_of(module))
+        return Site(shape, dtype, device, name=name, output=output_of(module), shapes_only=shapes_only)
     if kind.opaque:
-        return Site(shape, torch.float32, device, name=name)
+        return Site(shape, torch.float32, device, name=name, shapes_only=shapes_only)
     weight: Tensor = getattr(module, kind.weight_name)
     return Site(
         shape,
@@ -619,9 +623,11 @@ def site_of(module: nn.Module, config: DeltaConfig, name: str) -> Site:
         weight.device,
         kind.turned(weight),
         name,
-        kind is TRANSPOSED,
-        "bias" in module._parameters,
-        offset(module) if kind is NORM else None,
+        transposed=kind is TRANSPOSED,
+        has_bias="bias" in module._parameters,
+        norm_offset=offset(module) if kind is NORM else None,
+        looked_up=kind is EMBEDDING,
+        shapes_only=shapes_only,
     )
 
 

@@ -230,7 +230,9 @@ def install(
                 layers[target.name] = AdaptedLayer(target.original, name=target.name)
             layer = cast(AdaptedLayer, layers[target.name])
             assert target.config is not None
-            deltas[target.name] = layer.add_delta(name, target.config, trainable=trainable)
+            deltas[target.name] = layer.add_delta(
+                name, target.config, trainable=trainable, shapes_only=fill is not None
+            )
             if layer is target.module:
                 undo.callback(layer.delete_delta, name)
         if fill is not None:

@@ -45,11 +45,13 @@ def plan_costs(
     itemsize: int,
     grad: bool,
     speeds: Speeds = SPEEDS,
+    projects: bool = True,
 ) -> dict[str, float]:
     """The costs of "fused", "hybrid", "merged" and "separate" for one call.
 
     ``shape`` is the weight's (d_out, d_in/groups, *k), ``ranks`` the core's; pixels (or rows) are counted over the
-    whole batch, before and after the layer; ``itemsize`` is an activation's in bytes; ``grad`` whether anything learns.
+    whole batch, before and after the layer; ``itemsize`` is an activation's in bytes; ``grad`` whether anything learns;
+    ``projects`` whether there is a factor of the input, which the core's convolution of x itself costs no projection.
     """
     d_out, width, *kernel = shape
     r_out, r_in = ranks[:2]
@@ -57,7 +59,7 @@ def plan_costs(
     d_in = width * groups
     size = d_out * width * taps
 
-    project = 2 * pixels_in * d_in * r_in
+    project = 2 * pixels_in * d_in * r_in if projects else 0
     convolve = 2 * pixels_out * groups * r_in * r_out * taps
     expand = 2 * pixels_out * d_out * r_out
     skinny = speeds.skinny * (project + convolve + expand)
@@ -72,6 +74,8 @@ def plan_costs(
     if grad:
         # dk and dh again, three parameter gradients, dx; h is kept, k is computed a second time
         of_parameters = 2 * skinny + speeds.skinny * convolve
+        if not projects:  # k is kept by fused, hybrid computes it anew; but it has no dx
+            of_parameters = 2 * skinny
         reads = speeds.byte * itemsize * (pixels_in * d_in + pixels_out * d_out)
         fused += of_parameters + speeds.skinny * project + reads + speeds.byte * itemsize * 2 * pixels_in * d_in
         hybrid += build + of_parameters + speeds.skinny * project + reads
@@ -94,9 +98,10 @@ def choose_plan(
     itemsize: int,
     grad: bool,
     possible: tuple[str, ...] = PLANS,
+    projects: bool = True,
 ) -> str:
     """The cheapest of the ``possible`` plans by `plan_costs`."""
-    costs = plan_costs(shape, ranks, groups, pixels_in, pixels_out, itemsize, grad)
+    costs = plan_costs(shape, ranks, groups, pixels_in, pixels_out, itemsize, grad, projects=projects)
     return min(possible, key=costs.__getitem__)
 
 

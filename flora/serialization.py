@@ -1,4 +1,4 @@
-"""Adapter folders, and the files of FLoRA's authors.
+"""Adapter folders, flora's own and those of Hugging Face PEFT, and the files of FLoRA's authors.
 
 A folder holds ``adapter_model.safetensors`` and ``adapter_config.json``; docs/format.md has every field. It is written
 as a whole, and nothing that is wrong with it reaches a model.
@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from flora import authors
+from flora import authors, peft_files
 from flora import base_dtype as half
 from flora.config import DeltaConfig, TuckerConfig
 from flora.deltas import Delta
@@ -35,6 +35,7 @@ from flora.targets import Configs, by_pattern, inside, places, select_named
 FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
+FORMATS = ("flora", "peft")
 
 _CONFIG_BYTES = 64 << 20  # far above what the largest models need
 _DIFFERENCES = 6  # quoted of two bases
@@ -90,7 +91,12 @@ class AdapterFile:
 
 
 def save_adapter(
-    model: nn.Module, directory: str | os.PathLike[str], name: str | Sequence[str] = "default", *, hashes: bool = False
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    name: str | Sequence[str] = "default",
+    *,
+    hashes: bool = False,
+    format: str = "flora",
 ) -> None:
     """Write an adapter to a folder, which is replaced as a whole: at every moment it is the old one or the new one.
 
@@ -99,12 +105,19 @@ def save_adapter(
         directory: does not exist, is empty or holds an adapter; nothing else is ever replaced.
         name: the adapter to write at ``directory`` itself, or a list of them, each written to ``directory/<name>``.
         hashes: also write a hash of every tensor of the base, so that loading checks the values, not only the shapes.
+        format: "flora", or "peft" for a LoRA adapter that Hugging Face PEFT loads with the same outputs. Any delta that
+            is a core and factors can be written so (`LoRAConfig`, `LoRAXSConfig`, `TuckerConfig`), but comes back as
+            LoRA. PEFT's files say nothing of the base.
 
     Raises:
-        ValueError: no such adapter, or values that are not finite.
+        ValueError: no such adapter, values that are not finite, or an adapter that the format cannot hold.
         RuntimeError: no adapters in the model.
         OSError: something else is there, or it cannot be written.
     """
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} must be one of {', '.join(FORMATS)}")
+    if format == "peft" and hashes:
+        raise ValueError("hashes=True: PEFT's format has no place for them")
     state = state_of(model)
     names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name))
     if not names:
@@ -112,14 +125,19 @@ def save_adapter(
     for one in names:
         check_adapter(state, one)
         check_adapter_name(one)
+    if "" in adapted_layers(model):
+        raise ValueError("the model is a single layer; save its state_dict()")
     path = Path(os.path.realpath(directory))
     folders = {one: path if isinstance(name, str) else path / one for one in names}
     if not isinstance(name, str) and (path / CONFIG_FILE).exists():
         raise FileExistsError(f"{path} is an adapter folder itself, so {', '.join(names)} cannot be written into it")
     for folder in folders.values():
         recover(folder)
-        check_replaceable(folder)
-    contents = {one: _contents(model, one, state.adapters[one], hashes) for one in names}
+        check_replaceable(folder, format)
+    contents = {
+        one: _peft_contents(model, one) if format == "peft" else _contents(model, one, state.adapters[one], hashes)
+        for one in names
+    }
     for one, folder in folders.items():
         replace_folder(folder, contents[one])
 
@@ -127,8 +145,6 @@ def save_adapter(
 def _contents(model: nn.Module, name: str, adapter: Adapter, hashes: bool) -> dict[str, bytes]:
     layers = {where: layer for where, layer in adapted_layers(model).items() if name in layer.deltas}
     copies = {where: module.copies[name] for where, module in saved_modules(model).items() if name in module.copies}
-    if "" in layers:
-        raise ValueError("the model is a single layer; save its state_dict()")
     modules: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for where, layer in layers.items():
@@ -144,10 +160,7 @@ def _contents(model: nn.Module, name: str, adapter: Adapter, hashes: bool) -> di
     for where, module in copies.items():
         _check_finite(where, dict(module.named_parameters()))
         tensors.update({f"{where}.{key}": tensor for key, tensor in module.state_dict().items()})
-    data = safetensors.torch.save(
-        {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()},
-        metadata={"format": "pt"},
-    )
+    data = _safetensors(tensors)
     base = fingerprint(model, _every_name(model, copies), hashes=hashes)
     listed = {key: {"shape": list(shape), "dtype": base.dtypes[key]} for key, shape in base.shapes.items()}
     manifest = {
@@ -163,15 +176,26 @@ def _contents(model: nn.Module, name: str, adapter: Adapter, hashes: bool) -> di
     return {TENSORS_FILE: data, CONFIG_FILE: _short_lists(text).encode()}
 
 
+def _peft_contents(model: nn.Module, name: str) -> dict[str, bytes]:
+    config, tensors = peft_files.contents(model, name)
+    _check_finite("the adapter", tensors)
+    return {TENSORS_FILE: _safetensors(tensors), CONFIG_FILE: peft_files.to_json(config)}
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    return safetensors.torch.save(copies, metadata={"format": "pt"})
+
+
 def _short_lists(text: str) -> str:
     """Indented JSON with every list of plain values on one line; no string in it can hold a line break."""
     return re.sub(r"\[\n *([^\[\]{}]*)\n *\]", lambda match: "[" + re.sub(r"\n *", " ", match[1]) + "]", text)
 
 
-def check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path, format: str = "flora") -> None:
     """Raises FileExistsError, with what is there, unless `save_adapter` may write to the folder.
 
-    It may if the folder does not exist, is empty or holds an adapter.
+    It may if the folder does not exist, is empty or holds an adapter of the same format.
     """
     if not folder.exists():
         return
@@ -183,7 +207,10 @@ def check_replaceable(folder: Path) -> None:
         raise FileExistsError(f"{folder} holds {', '.join(foreign[:5])}; only an adapter folder is replaced")
     if there:
         try:
-            _read_manifest(folder)
+            if format == "flora":
+                _read_manifest(folder)
+            elif not _is_peft(_read_json(folder)[1]):
+                raise ValueError(f"{folder / CONFIG_FILE} has no peft_type: it is not an adapter of PEFT's")
         except (OSError, ValueError) as error:
             raise FileExistsError(f"only an adapter folder is replaced: {error}") from error
 
@@ -307,14 +334,24 @@ def _find_folder(path: Path, name: str) -> Path:
     raise ValueError(f"{path} holds neither {CONFIG_FILE} nor {name}/{CONFIG_FILE}")
 
 
-def _read_manifest(folder: Path) -> tuple[Path, dict[str, Any]]:
+def _read_json(folder: Path) -> tuple[Path, Any]:
     file = inner_file(folder, CONFIG_FILE)
     if file.stat().st_size > _CONFIG_BYTES:
         raise ValueError(f"{file} has {file.stat().st_size} bytes, which no {CONFIG_FILE} has")
     try:
-        manifest = json.loads(file.read_bytes(), parse_constant=_no_constant, object_pairs_hook=_no_repeats)
+        return file, json.loads(file.read_bytes(), parse_constant=_no_constant, object_pairs_hook=_no_repeats)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
+
+
+def _is_peft(manifest: Any) -> bool:
+    return isinstance(manifest, dict) and "peft_type" in manifest and "format_version" not in manifest
+
+
+def _read_manifest(folder: Path) -> tuple[Path, dict[str, Any]]:
+    file, manifest = _read_json(folder)
+    if _is_peft(manifest):
+        raise ValueError(f"{file} has no format_version: it is an adapter of PEFT's, not one of flora's")
     if not isinstance(manifest, dict) or "format_version" not in manifest:
         raise ValueError(f"{file} has no format_version: it is not an adapter of flora's")
     version = manifest["format_version"]
@@ -442,8 +479,9 @@ def load_adapter(
     On a model that has adapters already it is added, as by `flora.adapt`, and waits for `flora.set_adapter`.
 
     Args:
-        path: a folder of `save_adapter`, ``path/<name>`` if ``path`` itself holds no adapter; or a file of FLoRA's
-            authors (.safetensors, .pt, .pth or .bin) with keys ``<module>.param_G``, ``<module>.param_0``, …
+        path: a folder of `save_adapter`, or of PEFT's ``save_pretrained`` for LoRA, which becomes a `LoRAConfig`;
+            ``path/<name>`` if ``path`` itself holds no adapter; or a file of FLoRA's authors (.safetensors, .pt, .pth
+            or .bin) with keys ``<module>.param_G``, ``<module>.param_0``, …
         name: the adapter's name in this model.
         trainable: False freezes everything and sets the model to evaluation mode.
         config: only for a file of the authors, and needed there, since it holds no scale: `TuckerConfig(scale=…)`.
@@ -474,7 +512,12 @@ def load_adapter(
     elif config is not None:
         raise ValueError(f"config={config!r} is for a file of FLoRA's authors; {location} has its own")
     else:
-        _load_folder(model, read_adapter(location, name), name, trainable, base_dtype)
+        folder = _find_folder(location, name)
+        file, manifest = _read_json(folder)
+        if _is_peft(manifest):
+            _load_peft(model, file, manifest, name, trainable, base_dtype)
+        else:
+            _load_folder(model, read_adapter(folder), name, trainable, base_dtype)
     if not trainable:
         model.eval()
     return model
@@ -579,6 +622,25 @@ def _compare_bases(model: nn.Module, file: AdapterFile, base_dtype: torch.dtype 
 def _quoted(differences: Sequence[str]) -> str:
     rest = len(differences) - _DIFFERENCES
     return "; ".join(differences[:_DIFFERENCES]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def _load_peft(
+    model: nn.Module, file: Path, manifest: Any, name: str, trainable: bool, base_dtype: torch.dtype | None
+) -> None:
+    if (file.parent / TENSORS_FILE).exists():
+        path = inner_file(file.parent, TENSORS_FILE)
+        tensors = parse_safetensors(path, path.read_bytes())
+    else:
+        path = inner_file(file.parent, peft_files.OLD_TENSORS_FILE)
+        tensors = authors.read_torch(path)
+    try:
+        modules = {place.name: place.original for place in places(model)}
+        found = peft_files.translate(manifest, tensors, modules, dict(base_tensors(model)))
+        selection = select_named(model, found.layers, found.saved)
+        fill = filler(found.tensors, {where: own.resolved_scale for where, (own, _) in found.layers.items()})
+        install(model, name, found.config, selection, trainable=trainable, fill=fill, base_dtype=base_dtype)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _load_authors(

@@ -525,7 +525,7 @@ BAD_JSON = {
     "version": (put(["format_version"], 2), "format_version=2 is not the 1"),
     "boolean version": (put(["format_version"], True), "format_version=True"),
     "no version": (lambda m: m.__delitem__("format_version"), "has no format_version"),
-    "another library's": (lambda m: {"peft_type": "LORA", "r": 8}, "has no format_version"),
+    "another library's": (lambda m: {"peft_type": "IA3"}, "peft_type='IA3' is not the LORA"),
     "a list": (lambda m: [m], "has no format_version"),
     "unknown key": (put(["extra"], 1), r"the file lacks \[\] and has the unknown \['extra'\]"),
     "missing key": (lambda m: m.__delitem__("base"), r"the file lacks \['base'\]"),

@@ -34,6 +34,7 @@
 #define act float
 #define real float
 #define vec f32v
+#include "add.inc.h"
 #include "gemm.inc.h"
 #include "move.inc.h"
 #include "taps.inc.h"
@@ -47,6 +48,7 @@
 /* bfloat16 */
 #define ACT_NAME bf16
 #define act uint16_t
+#include "add.inc.h"
 #include "gemm.inc.h"
 #include "widen.inc.h"
 #include "rescale.inc.h"
@@ -55,6 +57,7 @@
 
 /* float16 */
 #define ACT_NAME f16
+#include "add.inc.h"
 #include "gemm.inc.h"
 #include "widen.inc.h"
 #include "rescale.inc.h"
@@ -73,6 +76,7 @@
 #define act double
 #define real double
 #define vec f64v
+#include "add.inc.h"
 #include "gemm.inc.h"
 #include "move.inc.h"
 #include "taps.inc.h"
@@ -92,15 +96,19 @@
 /* In the order of flora_dtype. */
 const flora_kernels PASTE2(flora_kernels, FLORA_ISA)[4] = {
     {4, 4, F32_LANES, SYMBOL(gemm, f32), SYMBOL(gemm, f32), SYMBOL(copy, f32), SYMBOL(copy, f32), SYMBOL(pack, f32),
-     SYMBOL(transpose, f32), SYMBOL(sum, f32), SYMBOL(add, f32), SYMBOL(tap_sums, f32), SYMBOL(kronecker_sums, f32),
-     SYMBOL(rescale, f32), SYMBOL(rescale_sums, f32), SYMBOL(slide, f32), &SYMBOL(spectra, f32)},
+     SYMBOL(transpose, f32), SYMBOL(sum, f32), SYMBOL(add, f32), SYMBOL(add, f32), SYMBOL(tap_sums, f32),
+     SYMBOL(kronecker_sums, f32), SYMBOL(rescale, f32), SYMBOL(rescale_sums, f32), SYMBOL(slide, f32),
+     &SYMBOL(spectra, f32)},
     {8, 8, F64_LANES, SYMBOL(gemm, f64), SYMBOL(gemm, f64), SYMBOL(copy, f64), SYMBOL(copy, f64), SYMBOL(pack, f64),
-     SYMBOL(transpose, f64), SYMBOL(sum, f64), SYMBOL(add, f64), SYMBOL(tap_sums, f64), SYMBOL(kronecker_sums, f64),
-     SYMBOL(rescale, f64), SYMBOL(rescale_sums, f64), SYMBOL(slide, f64), &SYMBOL(spectra, f64)},
+     SYMBOL(transpose, f64), SYMBOL(sum, f64), SYMBOL(add, f64), SYMBOL(add, f64), SYMBOL(tap_sums, f64),
+     SYMBOL(kronecker_sums, f64), SYMBOL(rescale, f64), SYMBOL(rescale_sums, f64), SYMBOL(slide, f64),
+     &SYMBOL(spectra, f64)},
     {2, 4, F32_LANES, SYMBOL(gemm, f32), SYMBOL(gemm, bf16), SYMBOL(widen, bf16), SYMBOL(copy, f32), SYMBOL(pack, f32),
-     SYMBOL(transpose, f32), SYMBOL(sum, f32), SYMBOL(add, f32), SYMBOL(tap_sums, f32), SYMBOL(kronecker_sums, f32),
-     SYMBOL(rescale, bf16), SYMBOL(rescale_sums, bf16), SYMBOL(slide, bf16), &SYMBOL(spectra, f32)},
+     SYMBOL(transpose, f32), SYMBOL(sum, f32), SYMBOL(add, f32), SYMBOL(add, bf16), SYMBOL(tap_sums, f32),
+     SYMBOL(kronecker_sums, f32), SYMBOL(rescale, bf16), SYMBOL(rescale_sums, bf16), SYMBOL(slide, bf16),
+     &SYMBOL(spectra, f32)},
     {2, 4, F32_LANES, SYMBOL(gemm, f32), SYMBOL(gemm, f16), SYMBOL(widen, f16), SYMBOL(copy, f32), SYMBOL(pack, f32),
-     SYMBOL(transpose, f32), SYMBOL(sum, f32), SYMBOL(add, f32), SYMBOL(tap_sums, f32), SYMBOL(kronecker_sums, f32),
-     SYMBOL(rescale, f16), SYMBOL(rescale_sums, f16), SYMBOL(slide, f16), &SYMBOL(spectra, f32)},
+     SYMBOL(transpose, f32), SYMBOL(sum, f32), SYMBOL(add, f32), SYMBOL(add, f16), SYMBOL(tap_sums, f32),
+     SYMBOL(kronecker_sums, f32), SYMBOL(rescale, f16), SYMBOL(rescale_sums, f16), SYMBOL(slide, f16),
+     &SYMBOL(spectra, f32)},
 };

@@ -87,12 +87,22 @@ FLORA_INLINE void PRIVATE(narrow_strip)(const int rows, const flora_gemm *g, int
                    g->n, a_next, NULL);
 }
 
-/* Rows are taken in blocks of the register tile's height, the rest in halves of it; a height of 0 drops out. */
+/* Rows are taken in blocks of the register tile's height, the rest in halves of it; a height of 0 drops out. Where
+ * nothing is added, the last block is shifted back over rows that have been computed already: few rows would wait for
+ * their sums. */
 static void NAME(gemm)(const flora_gemm *g) {
     int64_t i = 0;
     if (g->n <= LANES) {
         for (; g->m - i >= NARROW_ROWS; i += NARROW_ROWS)
             PRIVATE(narrow_strip)(NARROW_ROWS, g, i);
+        if (g->c_in == NULL && g->m >= NARROW_ROWS / 2) {
+            const int64_t last = g->m - NARROW_ROWS / 2;
+            for (; g->m - i > NARROW_ROWS / 4; i += NARROW_ROWS / 2)
+                PRIVATE(narrow_strip)(NARROW_ROWS / 2, g, i < last ? i : last);
+            if (i < g->m)
+                PRIVATE(narrow_strip)(NARROW_ROWS / 4, g, g->m - NARROW_ROWS / 4);
+            return;
+        }
         for (; NARROW_ROWS / 2 > 1 && g->m - i >= NARROW_ROWS / 2; i += NARROW_ROWS / 2)
             PRIVATE(narrow_strip)(NARROW_ROWS / 2, g, i);
         for (; NARROW_ROWS / 4 > 1 && g->m - i >= NARROW_ROWS / 4; i += NARROW_ROWS / 4)
@@ -102,6 +112,13 @@ static void NAME(gemm)(const flora_gemm *g) {
     } else {
         for (; g->m - i >= WIDE_ROWS; i += WIDE_ROWS)
             PRIVATE(strip)(WIDE_ROWS, g, i);
+        if (g->c_in == NULL && g->m >= WIDE_ROWS) {
+            if (g->m - i > WIDE_ROWS / 2)
+                PRIVATE(strip)(WIDE_ROWS, g, g->m - WIDE_ROWS);
+            else if (i < g->m)
+                PRIVATE(strip)(WIDE_ROWS / 2, g, g->m - WIDE_ROWS / 2);
+            return;
+        }
         for (; WIDE_ROWS / 2 > 1 && g->m - i >= WIDE_ROWS / 2; i += WIDE_ROWS / 2)
             PRIVATE(strip)(WIDE_ROWS / 2, g, i);
         for (; i < g->m; i++)

@@ -94,8 +94,10 @@ typedef struct {
      * scratch whose rows are read up to the next multiple of the vector width */
     void (*sum)(void *to, int64_t to_m, int64_t to_n, const void *from, int64_t from_m, int64_t parts, int64_t part,
                 int64_t m, int64_t n, double scale);
-    /* to (n) real += from (n) real */
-    void (*add)(void *to, const void *from, int64_t n);
+    /* to (m, n) real += from (m, n) real, of these row strides */
+    void (*add)(void *to, int64_t to_m, const void *from, int64_t from_m, int64_t m, int64_t n);
+    /* the same to act */
+    void (*add_act)(void *to, int64_t to_m, const void *from, int64_t from_m, int64_t m, int64_t n);
     void (*tap_sums)(const flora_tap_sums *sums);
     void (*kronecker_sums)(const flora_kronecker_sums *sums);
     /* out (n) act = weight (n) act · (1 + factor · along (n) real), any steps; along is scratch up to the next multiple

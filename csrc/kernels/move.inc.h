@@ -1,4 +1,4 @@
-/* Copies around the product, for one compute type: copy, pack, sum, add. All real in, real out; sums are real.
+/* Copies around the product, for one compute type: copy, pack, sum. All real in, real out; sums are real.
  *
  * Rows of the strided side may have any strides; unit strides are the vectorised case. */
 
@@ -109,12 +109,4 @@ static void NAME(sum)(void *to_, int64_t to_m, int64_t to_n, const void *from_, 
                 for (int64_t q = 0; q < LANES && q < n - j; q++)
                     to[q * to_n] = total[q];
         }
-}
-
-/* to (n) += from (n) */
-static void NAME(add)(void *to_, const void *from_, int64_t n) {
-    real *to = to_;
-    const real *from = from_;
-    for (int64_t j = 0; j < n; j++)
-        to[j] += from[j];
 }

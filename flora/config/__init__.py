@@ -5,6 +5,7 @@ A field that is wrong raises ValueError with the field and its value. Symbols ar
 
 from flora.config.adapter import StructuredAdapterConfig
 from flora.config.base import DeltaConfig, Rank, Targets, first_match, is_suffix, matches
+from flora.config.lora import LoRAConfig, LoRAXSConfig
 from flora.config.rescale import RescaleConfig
 from flora.config.structured import CirculantConfig, KroneckerConfig, LDRConfig, ToeplitzConfig
 from flora.config.tucker import TuckerConfig
@@ -14,6 +15,8 @@ __all__ = [
     "DeltaConfig",
     "KroneckerConfig",
     "LDRConfig",
+    "LoRAConfig",
+    "LoRAXSConfig",
     "Rank",
     "RescaleConfig",
     "StructuredAdapterConfig",

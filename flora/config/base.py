@@ -51,6 +51,8 @@ class DeltaConfig:
     """Whether the delta acts on a module's output and not on its weight."""
     of_norms: ClassVar[bool] = False
     """Whether ``target_modules="all"`` means normalisation layers, too."""
+    rank_by_mode: ClassVar[bool] = False
+    """Whether ``rank``, if there is one, may be a tuple with an entry for every mode of the weight."""
     _methods: ClassVar[dict[str, type[DeltaConfig]]] = {}
 
     scale: float | None = None
@@ -113,14 +115,18 @@ class DeltaConfig:
 
     def for_module(self, name: str) -> Self:
         """The config of one module: its rank and scale taken from the patterns, and nothing left that selects."""
-        changes: dict[str, Any] = {}
+        own = self
+        if self.scale_pattern and (pattern := first_match(self.scale_pattern, name)) is not None:
+            own = self.with_scale(self.scale_pattern[pattern])
+        selectors = ("target_modules", "exclude_modules", "rank_pattern", "scale_pattern", "modules_to_save")
+        changes: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self) if f.name in selectors}
         if self.rank_pattern and (pattern := first_match(self.rank_pattern, name)) is not None:
             changes["rank"] = self.rank_pattern[pattern]
-        if self.scale_pattern and (pattern := first_match(self.scale_pattern, name)) is not None:
-            changes.update(scale=self.scale_pattern[pattern], alpha=None)
-        selectors = ("target_modules", "exclude_modules", "rank_pattern", "scale_pattern", "modules_to_save")
-        changes.update({f.name: f.default for f in dataclasses.fields(self) if f.name in selectors})
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(own, **changes)
+
+    def with_scale(self, scale: float) -> Self:
+        """The same with this scale, whatever gave it before."""
+        return dataclasses.replace(self, scale=scale, alpha=None)
 
     def sizes(self, shapes: Sequence[tuple[int, ...]]) -> Sequence[Mapping[str, Any]]:
         """The fields that set how many parameters there are, with the values that fit weights of these shapes.
@@ -203,7 +209,9 @@ class DeltaConfig:
         return float(value)
 
     def _rank(self, name: str, value: Any) -> Rank:
-        """A rank of ``rank`` or ``rank_pattern``; an override narrows what is allowed."""
+        """A rank of ``rank`` or ``rank_pattern``."""
+        if not self.rank_by_mode and (not is_int(value) or value < 1):
+            self._fail(name, "must be a positive int", value)
         ranks = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
         if not ranks or not all(is_int(r) and r > 0 for r in ranks):
             self._fail(name, "must be a positive int or a tuple of them", value)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from flora.config.base import DeltaConfig, Rank, is_int
+from flora.config.base import DeltaConfig, is_int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +103,6 @@ class KroneckerConfig(DeltaConfig):
         for name in ("alpha", "rank_pattern"):
             if getattr(self, name) is not None:
                 self._fail(name, f"needs a rank, and there is block={self.block!r}")
-
-    def _rank(self, name: str, value: Any) -> Rank:
-        if not is_int(value) or value < 1:
-            self._fail(name, "must be a positive int", value)
-        return int(value)
 
     def sizes(self, shapes: Sequence[tuple[int, ...]]) -> Sequence[Mapping[str, Any]]:
         """Blocks that fit all shapes; the authors' shape has one parameter a row and column, whatever its rank."""

@@ -1,4 +1,4 @@
-"""The configuration of FLoRA's delta."""
+"""The configuration of FLoRA's delta, and what every configuration with a rank for each mode has."""
 
 from __future__ import annotations
 
@@ -13,43 +13,30 @@ PARTS = ("core", "factors", "out", "in", "kernel")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuckerConfig(DeltaConfig):
-    """FLoRA's delta (arXiv 2405.14739): ΔW = s · G ×₁U_out ×₂U_in ×₃U_k1 …, of the weight's own order.
+class ModeRanksConfig(DeltaConfig):
+    """A configuration with a rank for each mode of the weight.
 
     Args:
         rank: an int gives the channel modes min(rank, dim); a tuple gives every mode, in weight order (out, in, k…),
             and is exact.
         kernel_rank: the kernel modes get min(kernel_rank, k), unless ``rank`` is a tuple.
-        init: how the factors start: "reference" (the authors', kaiming normal), "orthogonal" or "hosvd" (the leading
-            singular vectors of the weight's unfoldings). The core starts at 0, so that ΔW = 0.
-        trainable: which parts learn: "core", "factors" (all of them), or single modes "out", "in", "kernel". It must
-            hold "core": while the core is 0, no factor has a gradient.
     """
 
-    method: ClassVar[str] = "tucker"
+    rank_by_mode: ClassVar[bool] = True
 
     rank: Rank = 16
     kernel_rank: int = 2
-    init: str = "reference"
-    trainable: Sequence[str] = ("core", "factors")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set("rank", self._rank("rank", self.rank))
         self._positive("kernel_rank")
-        self._one_of("init", INITS)
-        parts = (self.trainable,) if isinstance(self.trainable, str) else self.trainable
-        if not is_names(parts) or not parts or not all(part in PARTS for part in parts):
-            self._fail("trainable", f"must be some of {', '.join(PARTS)}")
-        self._set("trainable", tuple(part for part in PARTS if part in parts))
-        if "core" not in self.trainable:
-            self._fail("trainable", 'lacks "core", which starts at 0: no factor could ever learn')
 
     def sizes(self, shapes: Sequence[tuple[int, ...]]) -> Sequence[Mapping[str, Any]]:
         return ranks_up_to(max(max(shape[:2]) for shape in shapes))
 
     def with_ranks(self, ranks: tuple[int, ...]) -> Self:
-        return replace(self, rank=ranks, alpha=None, scale=self.resolved_scale)
+        return replace(self.with_scale(self.resolved_scale), rank=ranks)
 
     def ranks(self, shape: Sequence[int], name: str = "") -> tuple[int, ...]:
         """The rank of every mode of a weight of the shape (out, in / groups, k…).
@@ -72,3 +59,33 @@ class TuckerConfig(DeltaConfig):
         if any(rank > dim for rank, dim in zip(self.rank, shape, strict=True)):
             raise ValueError(f"{where}rank={self.rank} goes above a mode of the weight {tuple(shape)}")
         return self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuckerConfig(ModeRanksConfig):
+    """FLoRA's delta (arXiv 2405.14739): ΔW = s · G ×₁U_out ×₂U_in ×₃U_k1 …, of the weight's own order.
+
+    Args:
+        rank: an int gives the channel modes min(rank, dim); a tuple gives every mode, in weight order (out, in, k…),
+            and is exact.
+        kernel_rank: the kernel modes get min(kernel_rank, k), unless ``rank`` is a tuple.
+        init: how the factors start: "reference" (the authors', kaiming normal), "orthogonal" or "hosvd" (the leading
+            singular vectors of the weight's unfoldings). The core starts at 0, so that ΔW = 0.
+        trainable: which parts learn: "core", "factors" (all of them), or single modes "out", "in", "kernel". It must
+            hold "core": while the core is 0, no factor has a gradient.
+    """
+
+    method: ClassVar[str] = "tucker"
+
+    init: str = "reference"
+    trainable: Sequence[str] = ("core", "factors")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._one_of("init", INITS)
+        parts = (self.trainable,) if isinstance(self.trainable, str) else self.trainable
+        if not is_names(parts) or not parts or not all(part in PARTS for part in parts):
+            self._fail("trainable", f"must be some of {', '.join(PARTS)}")
+        self._set("trainable", tuple(part for part in PARTS if part in parts))
+        if "core" not in self.trainable:
+            self._fail("trainable", 'lacks "core", which starts at 0: no factor could ever learn')

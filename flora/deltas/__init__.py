@@ -3,6 +3,7 @@
 from flora.config import DeltaConfig
 from flora.deltas.adapter import StructuredAdapterDelta
 from flora.deltas.base import Delta, OutputDelta, Site, WeightDelta
+from flora.deltas.lora import LoRADelta, LoRAXSDelta
 from flora.deltas.rescale import RescaleDelta
 from flora.deltas.structured import CirculantDelta, KroneckerDelta, LDRDelta, ToeplitzDelta
 from flora.deltas.tucker import TuckerDelta
@@ -12,6 +13,8 @@ __all__ = [
     "Delta",
     "KroneckerDelta",
     "LDRDelta",
+    "LoRADelta",
+    "LoRAXSDelta",
     "OutputDelta",
     "RescaleDelta",
     "Site",

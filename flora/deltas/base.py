@@ -37,6 +37,8 @@ class Site:
     """On a normalisation what its forward adds to the weight before it multiplies by it; None on any other layer."""
     output: Output | None = None
     """For a delta that acts on it: the channels of the module's output."""
+    looked_up: bool = False
+    """Whether rows of the weight are looked up, as those of an Embedding are."""
     shapes_only: bool = False
     """Only the parameters' shapes are asked for: nothing has to be drawn or decomposed."""
 

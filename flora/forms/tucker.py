@@ -1,6 +1,7 @@
 """FLoRA's form: core and factors run on activations by the C kernels.
 
-h is the projected input that backward needs: x·U_in (rows, r_in), for a convolution padded and channels last.
+h is the projected input that backward needs: x·U_in (rows, r_in), for a convolution padded and channels last. Without
+U_in, where the core reads x itself, it is the core's output instead.
 Source of the algebra: FLoRA, arXiv 2405.14739, and docs/methods.md.
 """
 
@@ -24,10 +25,15 @@ PlanCall = tuple[tuple[int, ...], tuple[int, ...], int, int, int, int, bool]
 class TuckerForm(Form):
     """Tensors: core (r_out, r_in, *r_k), then the factors in weight order (dim_m, r_m); a None is an identity.
 
-    The core may be None on a matrix; on a convolution the factors of input and kernel may be.
+    The core may be None on a matrix; on a convolution the factors of input and kernel may be. ``projects`` says whether
+    there is one of the input.
     """
 
-    __slots__ = ()
+    __slots__ = ("projects",)
+
+    def __init__(self, scale: float, projects: bool = True) -> None:
+        self.scale = scale
+        self.projects = projects
 
     def delta(self, weight: Tensor | None, tensors: Tensors) -> Tensor:
         core, *factors = _explicit(tensors)
@@ -37,8 +43,6 @@ class TuckerForm(Form):
         core, u_out, u_in, *u_k = tensors
         if not isinstance(op, ConvOp):
             return reference.linear_update(x, u_in, core, u_out, self.scale)
-        if u_in is None or u_out is None:
-            return super().twin(op, x, weight, tensors)
         expanded = reference.reconstruct(core, (None, None, *u_k), 1.0)
         return reference.conv_update(x, u_in, expanded, u_out, self.scale, *op)
 
@@ -75,7 +79,7 @@ class TuckerForm(Form):
     # Through the factors --------------------------------------------------------------------------------------------
 
     def keeps_input(self, needs: Sequence[bool]) -> bool:
-        return needs[2]  # the input's factor; the others have h
+        return needs[2] if self.projects else any(needs)  # the others have h
 
     def update_(self, op: Op, y: Tensor, x: Tensor, tensors: Tensors, want_h: bool) -> tuple[Tensor, Tensor | None]:
         core, u_out, u_in, *_ = tensors
@@ -87,8 +91,12 @@ class TuckerForm(Form):
             return y, h
         h = None
         if want_h:
-            pads = zip(x.shape[2:], op.padding[::2], op.padding[1::2], strict=True)
-            h = u_in.new_empty(x.shape[0], *(sum(p) for p in pads), op.groups * u_in.shape[1])
+            if u_in is None:
+                extents, rank = tuple(y.shape[2:]), u_out.shape[1]
+            else:
+                pads = zip(x.shape[2:], op.padding[::2], op.padding[1::2], strict=True)
+                extents, rank = tuple(sum(p) for p in pads), u_in.shape[1]
+            h = u_out.new_empty(x.shape[0], *extents, op.groups * rank)
         _core.tucker_conv_forward(y, h, x, core, tensors[1:], self.scale, *op)
         return y, h
 
@@ -116,7 +124,7 @@ class TuckerForm(Form):
     # Which plan -----------------------------------------------------------------------------------------------------
 
     def runs(self, op: Op, tensors: Tensors) -> tuple[str, ...]:
-        return PLANS if tensors[1] is not None and tensors[2] is not None else ("merged",)
+        return PLANS
 
     def plan_call(self, op: Op, x: Tensor, weight: Tensor, tensors: Tensors, grad: bool) -> PlanCall:
         """The arguments of `flora.plan.plan_costs` for this call."""
@@ -130,7 +138,7 @@ class TuckerForm(Form):
     def cheapest(
         self, op: Op, x: Tensor, weight: Tensor, tensors: Tensors, grad: bool, possible: tuple[str, ...]
     ) -> str:
-        return choose_plan(*self.plan_call(op, x, weight, tensors, grad), possible)
+        return choose_plan(*self.plan_call(op, x, weight, tensors, grad), possible, self.projects)
 
 
 class Tucker(NamedTuple):
@@ -143,7 +151,7 @@ class Tucker(NamedTuple):
 
     @property
     def form(self) -> TuckerForm:
-        return TuckerForm(self.scale)
+        return TuckerForm(self.scale, self.factors[1] is not None)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

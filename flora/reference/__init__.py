@@ -27,7 +27,8 @@ from flora.reference.toeplitz import (
     toeplitz_update,
 )
 from flora.reference.tucker import (
-    conv_finish,
+    conv_core,
+    conv_expand,
     conv_project,
     conv_update,
     linear_update,
@@ -42,7 +43,8 @@ from flora.reference.tucker import (
 )
 
 __all__ = [
-    "conv_finish",
+    "conv_core",
+    "conv_expand",
     "conv_project",
     "conv_update",
     "conv_weight_gradient",

@@ -24,15 +24,17 @@ def linear_update(x: Tensor, u_in: Tensor, core: Tensor | None, u_out: Tensor, s
     return scale * (k @ u_out.mT)
 
 
-def conv_project(x: Tensor, u_in: Tensor, groups: int) -> Tensor:
+def conv_project(x: Tensor, u_in: Tensor | None, groups: int) -> Tensor:
     """The 1×1 convolution of every group's channels by U_inᵀ: (batch, d_in, *in) to (batch, groups·r_in, *in)."""
+    if u_in is None:
+        return x
     grouped = x.to(u_in.dtype).reshape(x.shape[0], groups, u_in.shape[0], *x.shape[2:])
     return torch.einsum("ngc...,cr->ngr...", grouped, u_in).flatten(1, 2)
 
 
 def conv_update(
     x: Tensor,
-    u_in: Tensor,
+    u_in: Tensor | None,
     core: Tensor,
     u_out: Tensor,
     scale: float,
@@ -43,18 +45,20 @@ def conv_update(
     padding_mode: str,
 ) -> Tensor:
     """Project, convolve with the (expanded) core, expand: the update of a convolution, in the factors' dtype."""
-    h = pad_input(conv_project(x, u_in, groups), padding, padding_mode)
-    return conv_finish(h, core, u_out, scale, stride, dilation, groups)
+    h = pad_input(conv_project(x.to(core.dtype), u_in, groups), padding, padding_mode)
+    return conv_expand(conv_core(h, core, stride, dilation, groups), u_out, scale, groups)
 
 
-def conv_finish(
-    h: Tensor, core: Tensor, u_out: Tensor, scale: float, stride: Sequence[int], dilation: Sequence[int], groups: int
-) -> Tensor:
-    """The second half of `conv_update`, from the projected and padded h (batch, groups·r_in, *padded)."""
+def conv_core(h: Tensor, core: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int) -> Tensor:
+    """The core's convolution of h (batch, groups·r_in, *padded), projected and padded: (batch, groups·r_out, *out)."""
     kernel = core.repeat(groups, *[1] * (core.ndim - 1))
-    k = CONV[core.ndim - 2](h, kernel, None, tuple(stride), 0, tuple(dilation), groups)
+    return CONV[core.ndim - 2](h, kernel, None, tuple(stride), 0, tuple(dilation), groups)
+
+
+def conv_expand(k: Tensor, u_out: Tensor, scale: float, groups: int) -> Tensor:
+    """The 1×1 convolution of every group by its rows of U_out: (batch, groups·r_out, *out) to (batch, d_out, *out)."""
     by_group = u_out.reshape(groups, u_out.shape[0] // groups, u_out.shape[1])
-    k = k.reshape(k.shape[0], groups, core.shape[0], *k.shape[2:])
+    k = k.reshape(k.shape[0], groups, u_out.shape[1], *k.shape[2:])
     return scale * torch.einsum("ngr...,gor->ngo...", k, by_group).flatten(1, 2)
 
 
@@ -134,17 +138,20 @@ def tucker_conv_forward(
     groups: int,
     padding_mode: str,
 ) -> None:
-    """y += the convolution's update, in place; h (batch, *padded, groups·r_in) = the projected, padded input."""
+    """y += the convolution's update, in place.
+
+    h (batch, *padded, groups·r_in) = the projected, padded input; without U_in the core's output (batch, *out,
+    groups·r_out).
+    """
     u_out, u_in, *u_k = factors
     assert u_out is not None
-    assert u_in is not None
     with torch.no_grad():
-        projected = pad_input(conv_project(x, u_in, groups), padding, padding_mode)
-        if h is not None:
-            h.copy_(projected.movedim(1, -1))
+        projected = pad_input(conv_project(x.to(core.dtype), u_in, groups), padding, padding_mode)
         expanded = reconstruct(core, [None, None, *u_k], 1.0)
-        update = conv_finish(projected, expanded, u_out, scale, stride, dilation, groups)
-        y.copy_(y.to(u_in.dtype) + update)
+        k = conv_core(projected, expanded, stride, dilation, groups)
+        if h is not None:
+            h.copy_((k if u_in is None else projected).movedim(1, -1))
+        y.copy_(y.to(core.dtype) + conv_expand(k, u_out, scale, groups))
 
 
 def tucker_conv_backward(
@@ -169,19 +176,23 @@ def tucker_conv_backward(
         parts = [None if f is None else f.detach().requires_grad_() for f in factors]
         u_out, u_in, *u_k = parts
         assert u_out is not None
-        assert u_in is not None
         if x is not None:
             xc = x.detach().to(core.dtype).requires_grad_()
-        else:  # nothing that is asked for depends on the values of x
+        elif u_in is None:  # nothing that is asked for depends on the values of x
+            assert dx is not None
+            xc = dx.new_zeros(dx.shape, dtype=core.dtype).requires_grad_()
+        else:
             assert d_factors[1] is None
             assert h is not None
             extent = [h.shape[1 + i] - padding[2 * i] - padding[2 * i + 1] for i in range(h.ndim - 2)]
             xc = h.new_zeros(h.shape[0], groups * u_in.shape[0], *extent).requires_grad_()
         projected = pad_input(conv_project(xc, u_in, groups), padding, padding_mode)
-        if h is not None:  # the caller's h has the values; the graph of `projected` stays
-            projected = projected + (h.movedim(-1, 1) - projected).detach()
-        expanded = reconstruct(c, [None, None, *u_k], 1.0)
-        update = conv_finish(projected, expanded, u_out, scale, stride, dilation, groups)
+        if h is not None and u_in is not None:
+            projected = _valued(projected, h)
+        k = conv_core(projected, reconstruct(c, [None, None, *u_k], 1.0), stride, dilation, groups)
+        if h is not None and u_in is None:
+            k = _valued(k, h)
+        update = conv_expand(k, u_out, scale, groups)
         outputs = [(dx, xc), (d_core, c), *zip(d_factors, parts, strict=True)]
         sources = [source for _, source in outputs if source is not None]
         grads = iter(torch.autograd.grad(update, sources, dy.to(core.dtype)))
@@ -190,6 +201,11 @@ def tucker_conv_backward(
             grad = None if source is None else next(grads)
             if out is not None and grad is not None:
                 out.copy_(out.to(core.dtype) + grad if out is dx else grad)
+
+
+def _valued(image: Tensor, h: Tensor) -> Tensor:
+    """The values of the caller's h with the graph of what they were computed as."""
+    return image + (h.movedim(-1, 1) - image).detach()
 
 
 def tucker_reconstruct(
