@@ -55,22 +55,23 @@ def offset(module: nn.Module) -> float:
     if isinstance(module, _NormBase) or is_stock(module):
         return 0.0
     weight: Tensor = module.weight  # type: ignore[assignment]
-    for more in ((), (3,), (3, 3), (3, 3, 3)):  # channels last, then images of one to three modes
-        shape = (2, *weight.shape, *more)
-        x = torch.linspace(-1, 2, steps=int(torch.Size(shape).numel())).sin().reshape(shape)
-        try:
-            zero, one = (_with_weight(module, x, value).float() for value in (0.0, 1.0))
-        except Exception:  # whatever a forward raises at a shape that it does not take
-            continue
-        for found in (0.0, 1.0):
-            if torch.allclose(zero, found * (one - zero), rtol=0.02, atol=1e-3):
-                return found
-        break
+    with torch.device("cpu"):
+        for more in ((), (3,), (3, 3), (3, 3, 3)):  # channels last, then images of one to three modes
+            shape = torch.Size((2, *weight.shape, *more))
+            x = torch.linspace(-1, 2, steps=shape.numel()).sin().reshape(shape)
+            try:
+                zero, one = (_with_weight(module, x, value).float() for value in (0.0, 1.0))
+            except Exception:  # whatever a forward raises at a shape that it does not take
+                continue
+            for found in (0.0, 1.0):
+                if torch.allclose(zero, found * (one - zero), rtol=0.02, atol=1e-3):
+                    return found
+            break
     raise TypeError(f"what the forward of {type(module).__name__} does with its weight is not known")
 
 
 def _with_weight(module: nn.Module, x: Tensor, value: float) -> Tensor:
-    """Its output with another weight and without bias, computed on the CPU; the module is not touched."""
+    """Its output with another weight and without bias; the module is not touched."""
     weight, bias = module._parameters["weight"], module._parameters.get("bias")
     other = torch.full(weight.shape, value)  # type: ignore[union-attr]
 

@@ -394,6 +394,12 @@ def test_finding_a_norms_weight_changes_and_draws_nothing():
     assert torch.equal(torch.get_rng_state(), generator)
 
 
+def test_a_norm_on_the_meta_device():
+    with torch.device("meta"):
+        layer = flora.wrap(GemmaRMSNorm(6), CONFIG)
+    assert layer.deltas["default"].row.is_meta and layer.deltas["default"].norm_offset == 1
+
+
 # Models ------------------------------------------------------------------------------------------------------------
 
 

@@ -527,6 +527,8 @@ def test_beside_an_adapter_of_the_weights():
     with pytest.raises(RuntimeError, match=r"cannot merge model\.layers\.0: the block after it"):
         flora.unload(model, merge=True)
     assert_same(LLAMA.run(model), together)
+    plain = flora.unload(copy.deepcopy(model), merge=False)
+    assert_same_state(plain.state_dict(), LLAMA.build().state_dict())
     flora.set_adapter(model, {"default": 0.0, "weights": 1.0})
     assert_same(LLAMA.run(model), weights)
     flora.set_adapter(model, "weights")
@@ -617,6 +619,38 @@ def test_a_block_that_is_never_reached_is_warned_about():
     assert torch.equal(model.read.weight + 0, plain.read.weight) and model.read.weight.dtype == torch.float32
     with pytest.warns(UserWarning, match="did not reach the deltas of read"):
         model.train()(x)
+
+
+def test_a_module_that_is_trained_whole_inside_one_with_a_block():
+    model = trained(["model"], modules_to_save=["model.norm"])
+    model.train()(**LLAMA.inputs, labels=TOKENS).loss.backward()
+    learning = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert learning == {
+        "model.base_layer.norm.copies.default.weight",
+        *(f"model.deltas.default.{n}" for n in ("a", "b", "bias")),
+    }
+    with pytest.raises(ValueError, match="another adapter already holds it or a part of it"):
+        flora.add_adapter(model, flora.TuckerConfig(modules_to_save=["model"]), "other")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # jvp's own decompositions
+@pytest.mark.parametrize("where", ["compile", "vmap", "jvp", "functional_call"])
+def test_where_others_follow_the_operations(config, where):
+    layer, x = wrapped(nn.Linear(5, 6), replace(config, norm_before=True)), torch.randn(3, 5)
+    expected, parameters = layer(x), dict(layer.named_parameters())
+    if where == "compile":
+        found = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+        found.sum().backward()
+        assert all(p.grad is not None for p in layer.deltas.parameters())
+    elif where == "vmap":
+        found = torch.func.vmap(layer)(x)
+    elif where == "jvp":
+        found, tangent = torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+        _, wanted = torch.autograd.functional.jvp(layer, x, torch.ones_like(x))
+        torch.testing.assert_close(tangent, wanted)
+    else:
+        found = torch.func.functional_call(layer, {name: p.detach() for name, p in parameters.items()}, x)
+    torch.testing.assert_close(found, expected)
 
 
 @torch.no_grad()
