@@ -168,6 +168,12 @@ flora_status flora_toeplitz_backward(const flora_view *dx, const flora_view *d_l
                                      const flora_view *dy, const flora_view *x, const flora_view *left,
                                      const flora_view *right, double scale, char error[FLORA_ERROR_SIZE]);
 
+/* The same from dy (rows, d_out) and x (rows, d_in) of a Linear, y = x · outᵀ, whose d_weight is dyᵀ · x; it is never
+ * an array. */
+flora_status flora_rescale_linear_backward(const flora_view *d_row, const flora_view *d_column, const flora_view *dy,
+                                           const flora_view *x, const flora_view *weight, const flora_view *row,
+                                           const flora_view *column, double scale, char error[FLORA_ERROR_SIZE]);
+
 /* out (n), unit stride: sets every element to zero with this probability; which ones depends on the seed alone. */
 flora_status flora_drop(const flora_view *out, double probability, uint64_t seed, char error[FLORA_ERROR_SIZE]);
 

@@ -55,4 +55,29 @@ static PyObject *rescale_backward(PyObject *module, PyObject *const *args, Py_ss
     return result;
 }
 
-PyMethodDef flora_rescale_methods[] = {FAST(rescale_reconstruct), FAST(rescale_backward), {NULL, NULL, 0, NULL}};
+PyDoc_STRVAR(rescale_linear_backward_doc,
+             "rescale_linear_backward($module, d_row, d_column, dy, x, weight, row, column, scale, /)\n--\n\n"
+             "As rescale_backward, with d_weight = dy (rows, d_out).T @ x (rows, d_in), which is never formed.\n"
+             "\n"
+             "Rows, types and errors as in tucker_linear_forward. Source: RLRR, arXiv 2403.19067.");
+
+static PyObject *rescale_linear_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    static const array_spec specs[] = {
+        {"d_row", OUT | OPTIONAL}, {"d_column", OUT | OPTIONAL}, {"dy", IN | ROWS}, {"x", IN | ROWS}, {"weight", IN},
+        {"row", IN | OPTIONAL},    {"column", IN | OPTIONAL}};
+    const flora_view *v[7];
+    call c;
+    double scale;
+    PyObject *result = NULL;
+    if (call_begin(&c, module, "rescale_linear_backward", nargs, 8) < 0) {
+        return NULL;
+    }
+    if (parse_scale(&c, args[7], &scale) == 0 && call_borrow_all(&c, args, specs, 7, v) == 0) {
+        CALL_RUN(c, result, flora_rescale_linear_backward, v[0], v[1], v[2], v[3], v[4], v[5], v[6], scale);
+    }
+    call_end(&c);
+    return result;
+}
+
+PyMethodDef flora_rescale_methods[] = {
+    FAST(rescale_reconstruct), FAST(rescale_backward), FAST(rescale_linear_backward), {NULL, NULL, 0, NULL}};

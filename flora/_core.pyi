@@ -146,6 +146,17 @@ def toeplitz_backward(
     scale: float,
     /,
 ) -> None: ...
+def rescale_linear_backward(
+    d_row: _Array | None,
+    d_column: _Array | None,
+    dy: _Array,
+    x: _Array,
+    weight: _Array,
+    row: _Array | None,
+    column: _Array | None,
+    scale: float,
+    /,
+) -> None: ...
 def drop(out: _Array, probability: float, seed: int, /) -> None: ...
 def takes(x: object, weight: object, bias: object, parameters: tuple[object, ...], /) -> bool: ...
 def info() -> _Info: ...

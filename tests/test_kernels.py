@@ -379,6 +379,11 @@ def rescale_backward(case, *dims):
     a = case.arguments
     a["weight"] = case.input(*dims, dtype=case.dtype)
     a["d_weight"] = case.input(*dims, dtype=case.dtype if case.flip() else case.real)
+    scale_gradients(case)
+
+
+def scale_gradients(case):
+    a = case.arguments
     for name in ("row", "column"):
         wanted = a[name] is not None and case.flip()
         a[f"d_{name}"] = case.output(f"d_{name}", *a[name].shape) if wanted else None
@@ -435,6 +440,15 @@ def toeplitz_backward(case, *sizes):
     a["x"] = None if without_x else case.input(rows, d_in, dtype=case.dtype)
 
 
+def rescale_linear_backward(case, *sizes):
+    rows, d_out, d_in = sizes or [case.draw(DIMS) for _ in range(3)]
+    rescale(case, (d_out, d_in))
+    a = case.arguments
+    a["weight"] = case.input(d_out, d_in, dtype=case.dtype)
+    a["dy"], a["x"] = case.input(rows, d_out, dtype=case.dtype), case.input(rows, d_in, dtype=case.dtype)
+    scale_gradients(case)
+
+
 def drop(case, n=None):
     n = case.draw(st.integers(0, 70)) if n is None else n
     case.output("out", n, dtype=case.dtype, update=True)
@@ -462,6 +476,7 @@ BUILDERS = {
     "toeplitz_backward": toeplitz_backward,
     "toeplitz_reconstruct": toeplitz_reconstruct,
     "toeplitz_reconstruct_backward": toeplitz_reconstruct_backward,
+    "rescale_linear_backward": rescale_linear_backward,
 }
 
 # Large enough that every function uses more than one thread; odd sizes leave remainders everywhere.
@@ -489,6 +504,7 @@ LARGE = [
     *(("toeplitz_backward", sizes) for sizes in LARGE_TOEPLITZ),
     *(("toeplitz_reconstruct", sizes[1:]) for sizes in LARGE_TOEPLITZ),
     *(("toeplitz_reconstruct_backward", sizes[1:]) for sizes in LARGE_TOEPLITZ),
+    ("rescale_linear_backward", (395, 261, 523)),
 ]
 SUMS_OVER_ROWS = ("d_u_in", "d_core", "d_u_out", "d_factors", "d_weight")
 SUMS_OVER_ROWS += ("d_a", "d_b", "d_row", "d_column", "d_left", "d_right")
@@ -713,6 +729,48 @@ def test_convolution_beats_pytorch_in_16_bits(isa, dtype):
     assert (ours.double() - exact).abs().max() <= 2 * (theirs.double() - exact).abs().max()
 
 
+def test_kronecker_is_numpys(isa, dtype):
+    case = Case("kronecker_reconstruct", dtype)
+    kronecker_reconstruct(case, 3, 5, 7, 2)
+    a = case.arguments
+    product = a["scale"] * np.kron(a["b"].double().numpy(), a["a"].double().numpy())
+    out = torch.empty(21, 10, dtype=case.real)
+    _core.kronecker_reconstruct(out, None, a["a"], a["b"], a["scale"])
+    np.testing.assert_allclose(out.numpy(), product, rtol=1e-6)
+    x, y = torch.randn(4, 10, dtype=case.real), torch.zeros(4, 21, dtype=case.real)
+    _core.kronecker_forward(y, None, x, a["a"], a["b"], a["scale"])
+    np.testing.assert_allclose(y.numpy(), x.numpy() @ product.T, rtol=1e-5, atol=1e-6)
+
+
+def test_kronecker_needs_x_or_h_for_d_b():
+    a, b, d_b = torch.ones(2, 3), torch.ones(5, 4), torch.full((5, 4), GUARD)
+    with pytest.raises(ValueError, match="^kronecker_backward: d_b needs h or x, and both are left out"):
+        _core.kronecker_backward(None, None, d_b, torch.ones(1, 10), None, None, a, b, 1.0)
+    assert (d_b == GUARD).all()
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [("contiguous", "channels_last"), ("channels_last", "contiguous"), ("transposed", "contiguous")],
+    ids="-of-".join,
+)
+def test_rescaled_weights_of_other_layouts(isa, threads, dtype, layouts):
+    """out or d_weight in one layout, the weight in another, both as large as to be shared by threads."""
+    make = {
+        "contiguous": lambda t: t.contiguous(),
+        "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+        "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    }
+    for builder, name in ((rescale_reconstruct, "out"), (rescale_backward, "d_weight")):
+        case = Case(builder.__name__, dtype)
+        builder(case, 97, 401, 3, 5)
+        for argument, layout in zip((name, "weight"), layouts, strict=True):
+            view = case.arguments[argument] = make[layout](case.arguments[argument])
+            if argument in case.outputs:
+                case.outputs[argument] = view, view, torch.ones_like(view, dtype=torch.bool)
+        case.check()
+
+
 # Each line: a function, the argument that is wrong, its value given the arguments, the error.
 BAD = [
     ("tucker_linear_forward", "x", lambda a: a["x"][:, 1:], ValueError, r"x must have shape \(5, 4\), not \(5, 3\)"),
@@ -812,10 +870,50 @@ BAD = [
     ("toeplitz_reconstruct_backward", "d_right", lambda a: a["d_right"].T, ValueError, "d_right must have shape"),
     ("toeplitz_reconstruct_backward", "d_weight", lambda a: a["d_weight"][0], ValueError, "d_weight must have 2"),
     ("toeplitz_reconstruct_backward", "scale", lambda a: "1", TypeError, "scale must be a float, not '1'"),
+    ("kronecker_forward", "x", lambda a: a["x"][:, 1:], ValueError, r"x must have shape \(6, 14\), not \(6, 13\)"),
+    ("kronecker_forward", "x", lambda a: a["x"].double(), TypeError, "x must be float32, not float64"),
+    ("kronecker_forward", "y", lambda a: a["y"][:, ::2], ValueError, r"y must have shape \(6, 15\), not \(6, 8\)"),
+    ("kronecker_forward", "h", lambda a: a["h"][:, 1:], ValueError, "h must have shape"),
+    ("kronecker_forward", "a", lambda a: a["a"].bfloat16(), TypeError, "a must be float32, not bfloat16"),
+    ("kronecker_forward", "b", lambda a: a["b"][0], ValueError, r"b must have 2 dimensions, not shape \(2,\)"),
+    ("kronecker_forward", "b", lambda a: a["b"].mT, ValueError, "y must have shape"),
+    ("kronecker_forward", "b", lambda a: torch.empty(2**62, 0), ValueError, "a of 3 x 7 and b of 4611686018427387904"),
+    ("kronecker_forward", "scale", lambda a: math.nan, ValueError, "scale must be a number"),
+    ("kronecker_backward", "x", lambda a: None, ValueError, "d_a needs x"),
+    ("kronecker_backward", "d_a", lambda a: a["d_a"].mT, ValueError, "d_a must have shape"),
+    ("kronecker_backward", "d_b", lambda a: a["dy"], ValueError, "d_b must have shape"),
+    ("kronecker_backward", "dx", lambda a: a["dx"][1:], ValueError, "dx must have shape"),
+    ("kronecker_reconstruct", "out", lambda a: a["out"].mT, ValueError, r"out must have shape \(15, 14\)"),
+    ("kronecker_reconstruct", "out", lambda a: torch.empty(30, 28)[::2, ::2], ValueError, "out must have unit stride"),
+    ("kronecker_reconstruct", "weight", lambda a: a["weight"][1:], ValueError, "weight must have shape"),
+    ("kronecker_reconstruct", "weight", lambda a: a["out"][:, :0], ValueError, "weight must have shape"),
+    ("kronecker_reconstruct", "weight", lambda a: a["out"].view(14, 15).mT, ValueError, "share memory"),
+    ("kronecker_reconstruct_backward", "d_weight", lambda a: a["d_weight"].mT, ValueError, "d_weight must have shape"),
+    ("kronecker_reconstruct_backward", "d_b", lambda a: a["d_b"].double(), TypeError, "d_b must be float32"),
+    ("kronecker_reconstruct_backward", "d_b", lambda a: a["b"], ValueError, "output d_b and the input b share memory"),
+    ("rescale_reconstruct", "out", lambda a: a["out"].bfloat16(), TypeError, "out must be float32, not bfloat16"),
+    ("rescale_reconstruct", "out", lambda a: a["out"][1:], ValueError, "out must have shape"),
+    ("rescale_reconstruct", "weight", lambda a: a["row"], ValueError, "out must have shape|weight must have 2 to 5"),
+    ("rescale_reconstruct", "row", lambda a: a["column"], ValueError, r"row must have shape \(7,\), not \(9,\)"),
+    ("rescale_reconstruct", "column", lambda a: a["column"].double(), TypeError, "column must be float32"),
+    ("rescale_reconstruct", "scale", lambda a: math.nan, ValueError, "scale must be a number"),
+    ("rescale_backward", "d_weight", lambda a: a["d_weight"].bfloat16(), TypeError, "d_weight must be float32"),
+    ("rescale_backward", "d_weight", lambda a: a["d_weight"].mT, ValueError, "d_weight must have shape"),
+    ("rescale_backward", "row", lambda a: None, ValueError, "d_row is given, but row is not"),
+    ("rescale_backward", "d_column", lambda a: a["d_row"], ValueError, "d_column must have shape"),
+    ("rescale_linear_backward", "x", lambda a: a["x"][1:], ValueError, r"x must have shape \(5, 9\), not \(4, 9\)"),
+    ("rescale_linear_backward", "dy", lambda a: a["dy"][:, 1:], ValueError, r"dy must have shape \(5, 7\)"),
+    ("rescale_linear_backward", "weight", lambda a: a["weight"][0], ValueError, "weight must have 2 dimensions"),
+    ("rescale_linear_backward", "column", lambda a: None, ValueError, "d_column is given, but column is not"),
+    ("rescale_linear_backward", "d_row", lambda a: a["row"], ValueError, "output d_row and the input row share"),
 ]
 BAD_SIZES = {
     "toeplitz_reconstruct": (3, 4, 5, 2),
     "toeplitz": (5, 3, 4, 5, 2),
+    "kronecker_reconstruct": (3, 7, 5, 2),
+    "kronecker": (6, 3, 7, 5, 2),
+    "rescale_linear": (5, 7, 9),
+    "rescale": (7, 9),
     "linear": (5, 4, 3, 2, 3),
     "conv": (2, 1, 5, 3, 2, 3, (3, 3), (1, 1), (0, 0, 0, 0), (1, 1), "zeros", (6, 7)),
     "reconstruct": (7, 9),

@@ -53,18 +53,28 @@ static void PRIVATE(pack_transposed)(real *to, int64_t width, const real *from, 
                                      real scale) {
     for (int64_t j = 0; j < width; j += LANES)
         for (int64_t i = 0; i < m; i += LANES) {
-            const int64_t rows = m - i < LANES ? m - i : LANES;
+            const int64_t rows = m - i, columns = n - j;
             vec square[LANES];
+            if (rows >= LANES && columns >= LANES) {
+                FLORA_UNROLL
+                for (int q = 0; q < LANES; q++)
+                    square[q] = REAL(load)(from + (j + q) * from_n + i);
+                PRIVATE(transpose_square)(square);
+                FLORA_UNROLL
+                for (int q = 0; q < LANES; q++)
+                    REAL(store)(to + (i + q) * width + j, scale * square[q]);
+                continue;
+            }
             for (int64_t q = 0; q < LANES; q++) {
-                if (j + q >= n)
+                if (q >= columns)
                     square[q] = (vec){0};
-                else if (rows == LANES)
+                else if (rows >= LANES)
                     square[q] = REAL(load)(from + (j + q) * from_n + i);
                 else
                     square[q] = REAL(load_part)(from + (j + q) * from_n + i, rows);
             }
             PRIVATE(transpose_square)(square);
-            for (int64_t q = 0; q < rows; q++)
+            for (int64_t q = 0; q < LANES && q < rows; q++)
                 REAL(store)(to + (i + q) * width + j, scale * square[q]);
         }
 }

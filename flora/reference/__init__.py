@@ -15,7 +15,7 @@ from flora.reference.kronecker import (
     kronecker_reconstruct_backward,
     kronecker_update,
 )
-from flora.reference.rescale import rescale_backward, rescale_delta, rescale_reconstruct
+from flora.reference.rescale import rescale_backward, rescale_delta, rescale_linear_backward, rescale_reconstruct
 from flora.reference.toeplitz import (
     toeplitz,
     toeplitz_backward,
@@ -61,6 +61,7 @@ __all__ = [
     "reconstruct",
     "rescale_backward",
     "rescale_delta",
+    "rescale_linear_backward",
     "rescale_reconstruct",
     "toeplitz",
     "toeplitz_backward",

@@ -53,3 +53,20 @@ def rescale_backward(
             gain = rescale_gain(weight, row, None)
             of_column = d_weight.to(gain.dtype) * weight.to(gain.dtype) * gain
             d_column.copy_(scale * of_column.transpose(0, 1).flatten(1).sum(1))
+
+
+def rescale_linear_backward(
+    d_row: Tensor | None,
+    d_column: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    row: Tensor | None,
+    column: Tensor | None,
+    scale: float,
+) -> None:
+    """`rescale_backward` with dyᵀ·x for d_weight. All axes of dy and x but the last count rows."""
+    with torch.no_grad():
+        real = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dy, x = (t[None].flatten(0, -2).to(real) for t in (dy, x))
+        rescale_backward(d_row, d_column, dy.mT @ x, weight, row, column, scale)

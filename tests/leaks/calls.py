@@ -55,6 +55,20 @@ def toeplitz(y):
     _core.toeplitz_forward(y, torch.zeros(3, 4), torch.zeros(2, 8), None, 1.0)
 
 
+def kronecker(rows=3):
+    a, b = torch.ones(2, 3), torch.ones(5, 4)
+    _core.kronecker_forward(torch.zeros(3, 10), None, torch.zeros(rows, 12), a, b, 1.0)
+    _core.kronecker_backward(
+        None, torch.zeros(2, 3), None, Capsule(torch.zeros(3, 10)), torch.zeros(3, 12), None, a, b, 1.0
+    )
+
+
+def rescale(row=4):
+    weight = torch.ones(4, 3)
+    _core.rescale_reconstruct(torch.zeros(4, 3), weight, torch.ones(row), None, 1.0)
+    _core.rescale_backward(torch.zeros(4), None, Capsule(torch.zeros(4, 3)), weight, torch.ones(4), None, 1.0)
+
+
 CALLS = {
     "tensors": lambda: write(torch.zeros(64), torch.zeros(64)),
     "arrays": lambda: write(np.zeros(64, np.float32), np.zeros(64, np.float32)),
@@ -80,6 +94,10 @@ CALLS = {
     "a wrong stride": lambda: conv(stride=[1.5]),
     "a huge group": lambda: conv(groups=2**80),
     "a wrong mode": lambda: conv(mode="same"),
+    "a Kronecker product": kronecker,
+    "a wrong number of rows": lambda: kronecker(2),
+    "a rescaled weight": rescale,
+    "a wrong row": lambda: rescale(3),
     "a wrong isa": lambda: _core.set_isa("v9"),
     "info": lambda: _core.info(),
 }
