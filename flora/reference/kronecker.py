@@ -46,7 +46,8 @@ def kronecker_backward(
 ) -> None:
     """dx += dH·A, and the gradients of A and B, written to their outputs; None skips one."""
     with torch.no_grad():
-        dyc = dy[None].flatten(0, -2).to(a.dtype).reshape(-1, b.shape[0], a.shape[0])
+        dyc = dy[None].flatten(0, -2).to(a.dtype)
+        dyc = dyc.reshape(len(dyc), b.shape[0], a.shape[0])
         dh = scale * (b.mT @ dyc)
         if d_b is not None and h is None:
             assert x is not None
