@@ -119,12 +119,15 @@ static flora_view transposed(const flora_view *view) {
     return turned;
 }
 
-/* A vector in scratch, ones if there is none. */
+/* A vector in scratch, ones if there is none; zeros up to the next multiple of the vector width, which are multiplied.
+ */
 static void place(const problem *p, size_t to, const flora_view *vector, int64_t n) {
+    const int64_t width = flora_round_up(n, p->kernels->lanes);
     if (vector != NULL) {
-        p->kernels->pack(at(p, to), n, vector->data, 0, vector->strides[0], 1, n, 1.0);
+        p->kernels->pack(at(p, to), width, vector->data, 0, vector->strides[0], 1, n, 1.0);
         return;
     }
+    memset(at(p, to), 0, (size_t)width * p->kernels->real_size);
     for (int64_t i = 0; i < n; i++)
         if (p->kernels->real_size == sizeof(double))
             ((double *)at(p, to))[i] = 1;

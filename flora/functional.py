@@ -272,7 +272,7 @@ class _Effective(torch.autograd.Function):
         if not of_delta:
             d_tensors: Gradients = (None,) * len(needs[3:])
         elif ctx.hybrid:
-            d_tensors = form.update_backward(op, None, dy, x, None, tensors, needs[3:])
+            d_tensors = form.gradients(op, dy, x, weight, tensors, needs[3:])
         else:
             d_tensors = form.project(dw, weight, tensors, needs[3:])
         d_weight = form.base_gradient(dw, tensors).to(weight.dtype) if needs[1] and dw is not None else None

@@ -102,6 +102,12 @@ class Form:
         """dx += … in place, and the gradients of the tensors, each None unless ``needs`` it."""
         raise NotImplementedError
 
+    def gradients(
+        self, op: Op, dy: Tensor, x: Tensor, weight: Tensor, tensors: Tensors, needs: Sequence[bool]
+    ) -> Gradients:
+        """The gradients of the tensors alone, without the weight's: what plan hybrid asks for."""
+        return self.update_backward(op, None, dy, x, None, tensors, needs)
+
     # Which plan -----------------------------------------------------------------------------------------------------
 
     def runs(self, op: Op, tensors: Tensors) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flora import _core, reference
 from flora.forms.base import Form, Gradients, Tensors
+from flora.ops import ConvOp, Op, rows
 
 
 class RescaleForm(Form):
@@ -36,6 +37,24 @@ class RescaleForm(Form):
         if any(needs):
             _core.rescale_backward(d_row, d_column, dw, weight, row, column, self.scale)
         return d_row, d_column
+
+    def gradients(
+        self, op: Op, dy: Tensor, x: Tensor, weight: Tensor, tensors: Tensors, needs: Sequence[bool]
+    ) -> Gradients:
+        row, column = tensors
+        d_row, d_column = (torch.empty_like(t) if need else None for t, need in zip(tensors, needs, strict=True))
+        if any(needs):
+            _core.rescale_linear_backward(d_row, d_column, rows(dy), rows(x), weight, row, column, self.scale)
+        return d_row, d_column
+
+    def runs(self, op: Op, tensors: Tensors) -> tuple[str, ...]:
+        return ("merged",) if isinstance(op, ConvOp) else ("merged", "hybrid")
+
+    def cheapest(
+        self, op: Op, x: Tensor, weight: Tensor, tensors: Tensors, grad: bool, possible: tuple[str, ...]
+    ) -> str:
+        """hybrid where it can be: the weight's gradient is taken to the vectors tile by tile and never written."""
+        return "hybrid" if "hybrid" in possible and not weight.requires_grad else possible[-1]
 
     def base_gradient(self, dw: Tensor, tensors: Tensors) -> Tensor:
         row, column = tensors
