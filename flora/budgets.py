@@ -44,6 +44,9 @@ def budget(
 
     >>> config = flora.budget(model, flora.TuckerConfig, parameters=200_000, target_modules=["query", "value"])
     """
+    kind = config if isinstance(config, type) else type(config)
+    if not issubclass(kind, DeltaConfig):
+        raise TypeError(f"config={config!r} must be a configuration or its class")
     base = config(**fields) if isinstance(config, type) else replace(config, **fields)
     if isinstance(parameters, bool) or not isinstance(parameters, int) or parameters < 1:
         raise ValueError(f"parameters={parameters!r} must be a positive int")

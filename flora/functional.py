@@ -38,6 +38,7 @@ __all__ = [
     "delta_weight",
     "effective_weight",
     "embedding_update",
+    "exact",
     "info",
     "resolve_plan",
     "update",
@@ -84,14 +85,14 @@ def _autocast(x: Tensor, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
     )
 
 
-def _exact(device: str) -> AbstractContextManager[Any]:
+def exact(device: str) -> AbstractContextManager[Any]:
     """A context in which the twins compute in the parameters' dtype, which autocast would narrow."""
     return nullcontext() if _autocast_dtype(device) is None else torch.autocast(device, enabled=False)
 
 
 def _twin(op: Op, x: Tensor, weight: Tensor | None, form: Form, tensors: Tensors) -> Tensor:
     """s·ΔW·x in plain PyTorch, in the parameters' dtype."""
-    with _exact(x.device.type):
+    with exact(x.device.type):
         return form.twin(op, x, weight, tensors)
 
 
@@ -230,7 +231,7 @@ def _with_effective(op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, form
     """op(x, W + s·ΔW, b); below float32 computed in float32, so that nothing is rounded but the result."""
     if weight.dtype not in _BELOW_FLOAT32:
         return op.base(x, form.effective(weight, tensors), bias)
-    with _exact("cpu"):
+    with exact("cpu"):
         effective = form.effective(weight.float(), tensors)
         return op.base(x.float(), effective, None if bias is None else bias.float()).to(x.dtype)
 
@@ -338,7 +339,7 @@ def _separate(
 ) -> Tensor:
     dropped = x * dropout_factor(x, dropout, seed)
     delta = form.alone(weight, tensors)
-    with _exact("cpu"):
+    with exact("cpu"):
         added = op.base(dropped.to(delta.dtype), delta, None)
     return _add_to(op.base(x, weight, bias), added)
 
@@ -517,7 +518,7 @@ def update(
     x = _dropped(x, dropout)
     if "fused" not in form.runs(op, tensors):
         delta = delta_weight(weight, parts)
-        with _exact("cpu"):
+        with exact("cpu"):
             return op.base(x.to(delta.dtype), delta, None).to(x.dtype)
     if torch.is_grad_enabled():
         out: Tensor = _Update.apply(op, form, shape, x, *tensors)  # type: ignore[no-untyped-call]
@@ -531,7 +532,7 @@ def effective_weight(weight: Tensor, parts: Parts | Tucker) -> Tensor:
     if not _watched() and takes(weight, None, None, tensors):
         out: Tensor = _Combined.apply(form, False, weight, *tensors)  # type: ignore[no-untyped-call]
         return out
-    with _exact(weight.device.type):
+    with exact(weight.device.type):
         return _add_to(weight, form.delta(weight, tensors))
 
 
@@ -542,12 +543,12 @@ def delta_weight(weight: Tensor | None, parts: Parts | Tucker) -> Tensor:
     if not _watched() and takes(some, None, None, tensors):
         out: Tensor = _Combined.apply(form, True, weight, *tensors)  # type: ignore[no-untyped-call]
         return out
-    with _exact(some.device.type):
+    with exact(some.device.type):
         return form.delta(weight, tensors)
 
 
 def embedding_update(ids: Tensor, weight: Tensor, parts: Parts | Tucker, padding_idx: int | None) -> Tensor:
     """The rows s·ΔW[ids]: ids (...) to (..., dim), in the parameters' dtype; that of ``padding_idx`` is left out."""
-    with _exact(ids.device.type):
+    with exact(ids.device.type):
         rows = parts.form.lookup(ids, weight, parts.tensors)
     return rows if padding_idx is None else rows.masked_fill((ids == padding_idx).unsqueeze(-1), 0)

@@ -22,7 +22,7 @@ from flora import deltas as _deltas
 from flora.config import DeltaConfig
 from flora.deltas import Delta, OutputDelta, Site, WeightDelta
 from flora.effective import effective_weight
-from flora.functional import compute_dtype
+from flora.functional import compute_dtype, exact
 from flora.intercept import Intercept
 from flora.kinds import (
     ATTENTION,
@@ -182,6 +182,13 @@ class AdaptedLayer(nn.Module):
     def _blocks(self) -> list[OutputDelta]:
         """The active ones of the output."""
         return [self.deltas[n] for n in self._of_output]  # type: ignore[misc]
+
+    def __iter__(self) -> Iterator[Any]:
+        """A container that its parent goes through itself is never called, so nothing can be put on it."""
+        raise TypeError(
+            f"{self._label}: the modules in this {describe(self.base_layer)} are called one by one and it never is; "
+            "name them instead of it"
+        )
 
     @property
     def _label(self) -> str:
@@ -476,7 +483,7 @@ class AdaptedLayer(nn.Module):
         own = self.base_layer._parameters
         weight, bias = own[self._kind.weight_name], own.get("bias")
         assert weight is not None
-        with torch.no_grad():
+        with torch.no_grad(), exact(weight.device.type):
             total = self._effective(weight if not blocks else weight.to(compute_dtype(weight.dtype)), deltas)
             shifted = _shifted(bias, deltas, total.dtype)
             if blocks:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Real
@@ -420,6 +420,9 @@ def set_adapter(
         RuntimeError: no adapters in the model, or some are merged.
     """
     state = state_of(model)
+    for what, value in (("name", name), ("trainable", trainable)):
+        if not isinstance(value, str | Iterable) and not (what == "trainable" and isinstance(value, bool)):
+            raise TypeError(f"{what}={value!r} must be a name or names of adapters")
     weights = dict(name) if isinstance(name, Mapping) else dict.fromkeys([name] if isinstance(name, str) else name, 1.0)
     if not weights:
         raise ValueError(f"name={name!r} must name an adapter; flora.disabled runs the model without")

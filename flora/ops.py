@@ -117,7 +117,7 @@ class ConvOp(NamedTuple):
                 source = x.detach().requires_grad_()
                 padded = self._pad(source, extra)
             (dx,) = torch.autograd.grad(padded, source, dx)
-        return dx, dw if in_c else dw_torch, db
+        return dx, dw if in_c else dw_torch if needs[1] else None, db
 
     def writable(self, y: Tensor) -> Tensor:
         """y in a layout that the kernels write: unit stride along the channels or the last spatial mode."""

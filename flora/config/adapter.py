@@ -69,7 +69,7 @@ class StructuredAdapterConfig(DeltaConfig):
             self._set("rank", self._rank("rank", self.rank))
         if self.terms is not None:
             self._positive("terms")
-        if self.activation not in ACTIVATIONS:
+        if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
             self._fail(
                 "activation",
                 f"must be one of {', '.join(ACTIVATIONS)}: only where act(0) = 0 a block starts as nothing",

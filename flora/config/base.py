@@ -29,7 +29,8 @@ class DeltaConfig:
 
     Args:
         scale: ΔW is multiplied by it: finite and not 0. 1.0 if neither it nor ``alpha`` is given.
-        alpha: ΔW is multiplied by alpha / rank instead; not together with ``scale``, nor with a tuple of ranks.
+        alpha: ΔW is multiplied by alpha / rank instead, or by alpha where a method has no rank; not together with
+            ``scale``, nor with a tuple of ranks.
         dropout: probability, in [0, 1), that an element of the delta's input is dropped in training.
         target_modules: "all"; or a sequence of module names or their dotted suffixes; or a regex that must match the
             whole name; or a function of (name, module).
@@ -67,8 +68,12 @@ class DeltaConfig:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "method" in cls.__dict__:
-            DeltaConfig._methods[cls.method] = cls
+        if "method" not in cls.__dict__:
+            return
+        other = DeltaConfig._methods.get(cls.method, cls)
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):  # a cell may be run again
+            raise TypeError(f"{cls.__qualname__}: method={cls.method!r} is that of {other.__qualname__}")
+        DeltaConfig._methods[cls.method] = cls
 
     def __post_init__(self) -> None:
         if not hasattr(self, "method"):

@@ -72,7 +72,7 @@ class KroneckerConfig(DeltaConfig):
 
     Args:
         rank: r of the authors' shape, A (r, d_in/r) and B (d_out/r, r); it must divide both extents of the weight as a
-            matrix (d_out, d_in/groups·k…).
+            matrix (d_out, d_in/groups·k…). 16 if neither it nor ``block`` is given.
         block: the shape (rows, columns) of A instead; B is (d_out/rows, d_in/columns).
 
     A ~ kaiming_uniform(√5), B = 0. ``alpha`` needs a rank.
@@ -85,15 +85,25 @@ class KroneckerConfig(DeltaConfig):
     block: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        if self.rank is None and self.block is None:
-            self._set("rank", 16)
         super().__post_init__()
         if self.rank is not None and self.block is not None:
             self._fail("block", f"cannot be given together with rank={self.rank!r}")
         if self.rank is not None:
             self._set("rank", self._rank("rank", self.rank))
-        else:
+        elif self.block is not None:
             self._check_block()
+
+    @property
+    def resolved_rank(self) -> int | None:
+        """``rank``, or 16 if neither it nor ``block`` is given; None with a block."""
+        return 16 if self.rank is None and self.block is None else self.rank
+
+    @property
+    def resolved_scale(self) -> float:
+        if self.alpha is not None:
+            assert self.resolved_rank is not None
+            return self.alpha / self.resolved_rank
+        return super().resolved_scale
 
     def _check_block(self) -> None:
         block = self.block
@@ -108,7 +118,16 @@ class KroneckerConfig(DeltaConfig):
         """Blocks that fit all shapes; the authors' shape has one parameter a row and column, whatever its rank."""
         rows = math.gcd(*(shape[0] for shape in shapes))
         columns = math.gcd(*(math.prod(shape[1:]) for shape in shapes))
-        return [{"rank": None, "block": (p, q)} for p in divisors(rows) for q in divisors(columns)]
+        if self.alpha is not None or self.rank_pattern is not None:
+            name = "alpha" if self.alpha is not None else "rank_pattern"
+            self._fail(name, "needs a rank, and blocks are chosen here; give a scale")
+        found = [
+            {"rank": None, "block": (p, q)}
+            for p in divisors(rows)
+            for q in divisors(columns)
+            if 1 < p * q < min(math.prod(shape) for shape in shapes)  # else A or B is a single number
+        ]
+        return found or [{"rank": None, "block": (1, 1)}]
 
     def block_shape(self, shape: Sequence[int], name: str = "") -> tuple[int, int]:
         """The shape of A for a weight of the matrix shape (d_out, d_in).
@@ -118,14 +137,15 @@ class KroneckerConfig(DeltaConfig):
         """
         d_out, d_in = shape
         where = f"{name}: " if name else ""
-        if self.rank is not None:
+        rank = self.resolved_rank
+        if rank is not None:
             common = [n for n in divisors(d_out) if d_in % n == 0]
-            if self.rank not in common:
+            if rank not in common:
                 raise ValueError(
-                    f"{where}rank={self.rank} does not divide both extents of the {d_out}×{d_in} matrix; "
+                    f"{where}rank={rank} does not divide both extents of the {d_out}×{d_in} matrix; "
                     f"{', '.join(map(str, common))} would"
                 )
-            return self.rank, d_in // self.rank
+            return rank, d_in // rank
         assert self.block is not None
         for extent, block, what in zip(shape, self.block, ("rows", "columns"), strict=True):
             if extent % block:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from flora import functional
 from flora.config.adapter import ACTIVATIONS, StructuredAdapterConfig
-from flora.deltas.base import OutputDelta, Site
+from flora.deltas.base import OutputDelta, Site, all_zero
 from flora.deltas.structured import TOEPLITZ_STD, periodic, symmetric
 from flora.forms import KroneckerForm, Parts, ToeplitzForm
 from flora.ops import LINEAR
@@ -45,6 +45,10 @@ class StructuredAdapterDelta(OutputDelta, config=StructuredAdapterConfig):
         self.bias = site.parameter(n) if config.bias else None
         self.norm_before = _norm(n, site) if config.norm_before else None
         self.norm_after = _norm(n, site) if config.norm_after else None
+
+    def stuck(self) -> str | None:
+        factors = (self.circulant, self.skew) if self.config.kind == "ldr" else (self.a, self.b)
+        return "both factors of its matrix are zero" if self.bias is None and all_zero(*factors) else None
 
     def matrix(self) -> Parts:
         """M (n, n), as `flora.functional` takes it."""

@@ -151,7 +151,8 @@ class WeightDelta(Delta):
 
     def parts(self, weight: Tensor | None) -> Parts | Tucker:
         """The form and tensors that `flora.functional` computes with; by default ΔW as one tensor."""
-        return Parts(DenseForm(self.factor), (self.unscaled_weight(weight),))
+        with functional.exact(next(self.parameters()).device.type):
+            return Parts(DenseForm(self.factor), (self.unscaled_weight(weight),))
 
     def bias_update(self, bias: Tensor | None) -> Tensor | None:
         """What is added to the bias (out,), which the layer need not have; None if nothing ever is."""
@@ -232,6 +233,11 @@ class OutputDelta(Delta):
         if axis in (-1, y.ndim - 1):
             return self.transformed(y)
         return self.transformed(y.movedim(axis, -1)).movedim(-1, axis)
+
+
+def all_zero(*parameters: Tensor | None) -> bool:
+    """Whether there is nothing but zeros in them, as far as can be told; None is no zero."""
+    return all(p is not None and not p.is_meta and torch.count_nonzero(p) == 0 for p in parameters)
 
 
 def _keep_precision(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

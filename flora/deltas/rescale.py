@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flora.config import RescaleConfig
-from flora.deltas.base import Site, WeightDelta
+from flora.deltas.base import Site, WeightDelta, all_zero
 from flora.forms import DenseForm, Parts, RescaleForm
 from flora.ops import Op
 
@@ -50,6 +50,10 @@ class RescaleDelta(WeightDelta, config=RescaleConfig):
     @property
     def of_bias_alone(self) -> bool:
         return self.row is None and self.column is None
+
+    def stuck(self) -> str | None:
+        both = self.shift is None and self.row is not None and self.column is not None
+        return "row and column are zero" if both and all_zero(self.row, self.column) else None
 
     def parts(self, weight: Tensor | None) -> Parts:
         if self.norm_offset is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flora.config import CirculantConfig, KroneckerConfig, LDRConfig, ToeplitzConfig
-from flora.deltas.base import Site, WeightDelta
+from flora.deltas.base import Site, WeightDelta, all_zero
 from flora.forms import KroneckerForm, Parts, ToeplitzForm
 
 TOEPLITZ_STD = 0.02  # of the authors' programs
@@ -48,6 +48,9 @@ class CirculantDelta(_OnDiagonals, config=CirculantConfig):
             nn.init.normal_(self.a)
             self.b = site.parameter(self.n)
 
+    def stuck(self) -> str | None:
+        return "a and b are zero" if self.config.product and all_zero(self.a, self.b) else None
+
     def parts(self, weight: Tensor | None) -> Parts:
         c = self.a * self.b if self.config.product else self.a
         return Parts(self.form(), (self.right(self.left(periodic(c, 1)))[None], None))
@@ -78,6 +81,9 @@ class ToeplitzDelta(_OnDiagonals, config=ToeplitzConfig):
             return symmetric(getattr(self, matrix))
         return torch.cat([getattr(self, f"{matrix}_row").flip(0), getattr(self, f"{matrix}_col")])
 
+    def stuck(self) -> str | None:
+        return "both matrices are zero" if self.config.product and all_zero(*self.parameters()) else None
+
     def parts(self, weight: Tensor | None) -> Parts:
         a = self._diagonals("a")[None]
         if not self.config.product:
@@ -94,6 +100,9 @@ class LDRDelta(_OnDiagonals, config=LDRConfig):
         self.skew = site.parameter(config.terms, self.n)
         nn.init.normal_(self.skew, std=TOEPLITZ_STD)
 
+    def stuck(self) -> str | None:
+        return "circulant and skew are zero" if all_zero(self.circulant, self.skew) else None
+
     def parts(self, weight: Tensor | None) -> Parts:
         left, right = periodic(self.circulant, 1), periodic(self.skew, -1)
         return Parts(self.form(), (self.left(left), self.right(right)))
@@ -109,6 +118,9 @@ class KroneckerDelta(WeightDelta, config=KroneckerConfig):
         self.a = site.parameter(rows, columns)
         self.b = site.parameter(d_out // rows, d_in // columns)
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def stuck(self) -> str | None:
+        return "a and b are zero" if all_zero(self.a, self.b) else None
 
     def parts(self, weight: Tensor | None) -> Parts:
         return Parts(KroneckerForm(self.factor, tuple(self.shape)), (self.a, self.b))

@@ -51,7 +51,8 @@ class Factored(WeightDelta):
         return Tucker(core, tuple(factors), self.factor)
 
     def parts(self, weight: Tensor | None) -> Parts:
-        return Parts(TuckerForm(self.scale * self.strength), self._tensors())
+        tensors = self._tensors()
+        return Parts(TuckerForm(self.factor, projects=len(tensors) < 3 or tensors[2] is not None), tensors)
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         core = self._parameters.get("core")  # as every call needs it, without nn.Module's slow __getattr__

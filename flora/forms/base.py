@@ -121,6 +121,13 @@ class Form:
         return possible[0]
 
 
+def outputs(tensors: Tensors, needs: Sequence[bool]) -> tuple[Any, ...]:
+    """An uninitialised tensor for each gradient that is needed, and None for the others."""
+    return tuple(
+        torch.empty_like(t) if need and t is not None else None for t, need in zip(tensors, needs, strict=True)
+    )
+
+
 class DenseForm(Form):
     """ΔW itself, as one tensor: what a method without kernels of its own computes by plain PyTorch."""
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flora import _core, reference
-from flora.forms.base import Gradients, Tensors
+from flora.forms.base import Gradients, Tensors, outputs
 from flora.forms.matrix import MatrixForm
 from flora.ops import ConvOp, Op, rows
 from flora.plan import choose_kronecker_plan
@@ -32,12 +32,18 @@ class KroneckerForm(MatrixForm):
         a, b = tensors
         return reference.kronecker_update(x, a, b, self.scale)
 
+    def lookup(self, ids: Tensor, weight: Tensor | None, tensors: Tensors) -> Tensor:
+        a, b = tensors
+        of_b, of_a = F.embedding(ids // len(a), b), F.embedding(ids % len(a), a)
+        rows: Tensor = self.scale * (of_b.unsqueeze(-1) * of_a.unsqueeze(-2)).flatten(-2)
+        return rows
+
     def reconstruct(self, out: Tensor, weight: Tensor | None, tensors: Tensors) -> None:
         a, b = tensors
         _core.kronecker_reconstruct(out, weight, a, b, self.scale)
 
     def project(self, dw: Tensor, weight: Tensor | None, tensors: Tensors, needs: Sequence[bool]) -> Gradients:
-        (a, b), (d_a, d_b) = tensors, _gradients(tensors, needs)
+        (a, b), (d_a, d_b) = tensors, outputs(tensors, needs)
         if any(needs):
             _core.kronecker_reconstruct_backward(d_a, d_b, dw.reshape(self.extents), a, b, self.scale)
         return d_a, d_b
@@ -62,7 +68,7 @@ class KroneckerForm(MatrixForm):
         tensors: Tensors,
         needs: Sequence[bool],
     ) -> Gradients:
-        (a, b), (d_a, d_b) = tensors, _gradients(tensors, needs)
+        (a, b), (d_a, d_b) = tensors, outputs(tensors, needs)
         dx, x = None if dx is None else rows(dx), None if x is None else rows(x)
         _core.kronecker_backward(dx, d_a, d_b, rows(dy), x, h, a, b, self.scale)
         return d_a, d_b
@@ -73,8 +79,3 @@ class KroneckerForm(MatrixForm):
         a, b = tensors
         _, inside, _ = op.pixels(x, weight)
         return choose_kronecker_plan(tuple(a.shape), tuple(b.shape), inside, x.element_size(), grad, possible)
-
-
-def _gradients(tensors: Tensors, needs: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
-    of_a, of_b = (torch.empty_like(t) if need else None for t, need in zip(tensors, needs, strict=True))
-    return of_a, of_b

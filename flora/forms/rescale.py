@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flora import _core, reference
-from flora.forms.base import Form, Gradients, Tensors
+from flora.forms.base import Form, Gradients, Tensors, outputs
 from flora.ops import ConvOp, Op, rows
 
 
@@ -33,7 +33,7 @@ class RescaleForm(Form):
     def project(self, dw: Tensor, weight: Tensor | None, tensors: Tensors, needs: Sequence[bool]) -> Gradients:
         assert weight is not None
         row, column = tensors
-        d_row, d_column = (torch.empty_like(t) if need else None for t, need in zip(tensors, needs, strict=True))
+        d_row, d_column = outputs(tensors, needs)
         if any(needs):
             _core.rescale_backward(d_row, d_column, dw, weight, row, column, self.scale)
         return d_row, d_column
@@ -42,7 +42,7 @@ class RescaleForm(Form):
         self, op: Op, dy: Tensor, x: Tensor, weight: Tensor, tensors: Tensors, needs: Sequence[bool]
     ) -> Gradients:
         row, column = tensors
-        d_row, d_column = (torch.empty_like(t) if need else None for t, need in zip(tensors, needs, strict=True))
+        d_row, d_column = outputs(tensors, needs)
         if any(needs):
             _core.rescale_linear_backward(d_row, d_column, rows(dy), rows(x), weight, row, column, self.scale)
         return d_row, d_column

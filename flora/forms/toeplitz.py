@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flora import _core, reference
-from flora.forms.base import Gradients, Tensors
+from flora.forms.base import Gradients, Tensors, outputs
 from flora.forms.matrix import MatrixForm
 from flora.ops import ConvOp, Op, rows
 from flora.plan import choose_toeplitz_plan
@@ -37,12 +37,25 @@ class ToeplitzForm(MatrixForm):
         left, right = tensors
         return reference.toeplitz_update(x, left, right, self.shape[0], self.scale)
 
+    def lookup(self, ids: Tensor, weight: Tensor | None, tensors: Tensors) -> Tensor:
+        left, right = tensors
+        d_out, d_in = self.extents
+        columns = left.shape[-1] - d_out + 1
+        rows = left[
+            :, ids.unsqueeze(-1) + torch.arange(columns - 1, -1, -1, device=ids.device)
+        ]  # (terms, ..., columns)
+        if right is not None:  # times R, whose transpose has its diagonals in reverse
+            flipped = right.flip(-1).reshape(len(right), *[1] * ids.ndim, -1)
+            rows = reference.toeplitz_multiply(flipped, rows, d_in)
+        found: Tensor = self.scale * rows.sum(0)
+        return found
+
     def reconstruct(self, out: Tensor, weight: Tensor | None, tensors: Tensors) -> None:
         left, right = tensors
         _core.toeplitz_reconstruct(out, weight, left, right, self.scale)
 
     def project(self, dw: Tensor, weight: Tensor | None, tensors: Tensors, needs: Sequence[bool]) -> Gradients:
-        (left, right), (d_left, d_right) = tensors, _gradients(tensors, needs)
+        (left, right), (d_left, d_right) = tensors, outputs(tensors, needs)
         if any(needs):
             _core.toeplitz_reconstruct_backward(d_left, d_right, dw.reshape(self.extents), left, right, self.scale)
         return d_left, d_right
@@ -63,7 +76,7 @@ class ToeplitzForm(MatrixForm):
         tensors: Tensors,
         needs: Sequence[bool],
     ) -> Gradients:
-        (left, right), (d_left, d_right) = tensors, _gradients(tensors, needs)
+        (left, right), (d_left, d_right) = tensors, outputs(tensors, needs)
         dx, x = None if dx is None else rows(dx), None if x is None else rows(x)
         _core.toeplitz_backward(dx, d_left, d_right, rows(dy), x, left, right, self.scale)
         return d_left, d_right
@@ -75,8 +88,3 @@ class ToeplitzForm(MatrixForm):
         terms = 0 if right is None else len(right)
         _, inside, _ = op.pixels(x, weight)
         return choose_toeplitz_plan(*self.extents, terms, inside, x.element_size(), grad, possible)
-
-
-def _gradients(tensors: Tensors, needs: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
-    left, right = (torch.empty_like(t) if need else None for t, need in zip(tensors, needs, strict=True))
-    return left, right

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flora import _core, reference
-from flora.forms.base import Form, Gradients, Tensors
+from flora.forms.base import Form, Gradients, Tensors, outputs
 from flora.ops import ConvOp, Op, rows
 from flora.plan import PLANS, choose_plan
 
@@ -69,7 +69,7 @@ class TuckerForm(Form):
         return out
 
     def project(self, dw: Tensor, weight: Tensor | None, tensors: Tensors, needs: Sequence[bool]) -> Gradients:
-        outs = [torch.empty_like(t) if need and t is not None else None for t, need in zip(tensors, needs, strict=True)]
+        outs = outputs(tensors, needs)
         if any(needs):
             core, *factors = _explicit(tensors)
             d_core, *d_factors = _explicit(outs) if tensors[0] is None else outs
@@ -110,7 +110,7 @@ class TuckerForm(Form):
         tensors: Tensors,
         needs: Sequence[bool],
     ) -> Gradients:
-        outs = [torch.empty_like(t) if need and t is not None else None for t, need in zip(tensors, needs, strict=True)]
+        outs = outputs(tensors, needs)
         if isinstance(op, ConvOp):
             core, *factors = tensors
             _core.tucker_conv_backward(dx, outs[0], outs[1:], dy, x, h, core, factors, self.scale, *op)

@@ -31,6 +31,8 @@ def toeplitz_delta(left: Tensor, right: Tensor | None, d_out: int, d_in: int, sc
 def toeplitz_multiply(diagonals: Tensor, x: Tensor, rows: int) -> Tensor:
     """T·x by convolution: x (..., columns) to (..., rows), for diagonals (..., rows + columns - 1)."""
     columns, n = x.shape[-1], diagonals.shape[-1]
+    if x.numel() == 0:  # which the transforms refuse
+        return x.sum(-1, keepdim=True).expand(*x.shape[:-1], rows) * diagonals.sum()
     spectrum = torch.fft.rfft(diagonals) * torch.fft.rfft(x, n)
     y: Tensor = torch.fft.irfft(spectrum, n)  # what wraps around falls on the first columns - 1 places
     return y[..., columns - 1 : columns - 1 + rows]
