@@ -53,13 +53,17 @@ def output_of(module: nn.Module) -> Output:
     """
     if isinstance(module, NEVER_CALLED):
         raise TypeError(f"a {type(module).__name__} is never called; name the modules in it")
-    own = _of_layer(module) or _by_attribute(module, certain=False)
+    own = _of_layer(module)
     if own is not None:
         return own
+    stated = _stated_width(module)
     inner = [(layer, found) for layer in module.modules() if (found := _of_layer(layer)) is not None]
     products = [found for layer, found in inner if not is_norm(layer) and not isinstance(layer, nn.Embedding)]
     for found in reversed(products or [found for _, found in inner]):
-        return found._replace(certain=False)
+        if stated in (None, found.width):
+            return found._replace(certain=False)
+    if stated is not None:
+        return Output(stated, certain=False)
     raise TypeError(
         f"how wide the output of this {type(module).__name__} is could not be found: it has none of "
         f"{', '.join(_WIDTHS[:-1])}, and no layer in it"
@@ -82,12 +86,11 @@ def _of_layer(module: nn.Module) -> Output | None:
     if is_norm(module):
         return Output(len(module.weight))  # type: ignore[arg-type]
     known = isinstance(module, _CHANNELS_LAST) or type(getattr(module, "in_features", None)) is int
-    return _by_attribute(module, known) if known or not module._modules else None
+    width = _stated_width(module) if known or not module._modules else None
+    return None if width is None else Output(width, certain=known)
 
 
-def _by_attribute(module: nn.Module, certain: bool) -> Output | None:
-    for name in _WIDTHS:
-        width = getattr(module, name, None)
-        if type(width) is int and width > 0:
-            return Output(width, certain=certain)
-    return None
+def _stated_width(module: nn.Module) -> int | None:
+    """What it calls the width of its output itself."""
+    widths = (getattr(module, name, None) for name in _WIDTHS)
+    return next((width for width in widths if type(width) is int and width > 0), None)

@@ -469,6 +469,16 @@ def test_a_base_in_half_precision(name, dtype):
     assert all(p.dtype == dtype for p in plain.parameters())
 
 
+@pytest.mark.parametrize("name", ["bert", "convnextv2", "efficientnet-lite0", "llama", "t5"])
+def test_training_on_a_base_in_half_precision(name):
+    case = MODELS[name]
+    model = drawn(flora.adapt(case.build(), Config(), base_dtype=torch.bfloat16), 0.05).train()
+    sum(output.float().square().mean() for output in case.run(model)).backward()
+    for where, p in model.named_parameters():
+        assert (p.grad is not None) == (".deltas." in where), where
+        assert p.grad is None or p.grad.isfinite().all()
+
+
 def test_norms_on_a_model_that_came_in_half_precision():
     case = MODELS["llama"]
     model = drawn(flora.adapt(case.build().bfloat16(), Config()), 0.1)

@@ -189,6 +189,12 @@ class Patches(nn.Module):
         return self.projection(x).flatten(2).mT
 
 
+class Convolutions(nn.Sequential):
+    """Says how wide its output is, as torchvision's do."""
+
+    out_channels = 6
+
+
 Pair = namedtuple("Pair", "first second")
 IDS = torch.tensor([[1, 2, 9], [2, 0, 1]])
 MODULES = {  # what it is after, its input, the axis of the channels
@@ -215,6 +221,11 @@ MODULES = {  # what it is after, its input, the axis of the channels
     "recurrent": (lambda: nn.LSTM(5, 3, bidirectional=True, batch_first=True), torch.randn(2, 4, 5), -1),
     "sequential": (lambda: nn.Sequential(nn.Linear(5, 6), nn.ReLU()), torch.randn(3, 5), -1),
     "convolutions": (lambda: nn.Sequential(nn.Conv2d(3, 6, 2), nn.ReLU()), torch.randn(2, 3, 7, 7), 1),
+    "convolutions that say their width": (
+        lambda: Convolutions(nn.Conv2d(3, 6, 2), nn.BatchNorm2d(6).eval()),
+        torch.randn(2, 3, 7, 7),
+        1,
+    ),
     "permuted": (Permuted, torch.randn(2, 6, 5, 7), 1),
     "patches": (Patches, torch.randn(2, 3, 8, 8), -1),
     "as many patches as channels": (Patches, torch.randn(2, 3, 4, 6), -1),
@@ -602,6 +613,20 @@ def test_fast_paths_do_not_go_around_a_block(name):
             assert torch.equal(model(x), base(x))
     torch.testing.assert_close(fast, model(x), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(fast, base(x), atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("targets", [["layers.0"], ["layers.0", "layers.1"], ["layers.0.linear1"]], ids=str)
+def test_an_encoder_that_leaves_padding_out(targets):
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    drawn(flora.adapt(encoder, Config(target_modules=targets)))
+    x, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        found = encoder(x, src_key_padding_mask=padding)
+    encoder.use_nested_tensor = False
+    expected = encoder(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(found[~padding], expected[~padding], rtol=1e-4, atol=1e-5)
 
 
 def test_a_block_that_is_never_reached_is_warned_about():

@@ -229,6 +229,8 @@ class OutputDelta(Delta):
         """The whole output with the block on top. ValueError, quoting its shape, if it is not what the block is for."""
         if not y.is_floating_point():
             raise ValueError(f"the output is of {y.dtype}, which no block acts on")
+        if y.is_nested:
+            return torch.nested.as_nested_tensor([self.applied(one) for one in y.unbind()], layout=y.layout)
         axis = self.output.channels(y)
         if axis in (-1, y.ndim - 1):
             return self.transformed(y)
