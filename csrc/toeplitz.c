@@ -84,7 +84,7 @@ typedef struct {
     int chunks;
     char *out;
     const char *weight;
-    int64_t out_row, weight_row, out_column, weight_column;
+    int64_t out_row, weight_row, weight_column;
     flora_scratch scratch;
     size_t diagonals; /* forward: (panels, blocks, reach) */
 

@@ -153,7 +153,8 @@ static void backward_chunk(int chunk, void *apply_) {
     const int product = p->update.right != NULL, beyond = p->d_right != NULL || p->dx != NULL;
     void *x = in_room(p, chunk, p->x_room, 0), *dy = in_room(p, chunk, p->y_room, 0);
     void *z = in_room(p, chunk, p->z_room, 0), *sum = in_room(p, chunk, p->sum_room, 0);
-    memset(in_room(p, chunk, p->sums, 0), 0, (size_t)(p->filters * 2 * points(p)) * p->kernels->real_size);
+    if (p->d_left != NULL || p->d_right != NULL)
+        memset(in_room(p, chunk, p->sums, 0), 0, (size_t)(p->filters * 2 * points(p)) * p->kernels->real_size);
     for (int64_t group = flora_chunk_begin(groups, chunk, p->chunks);
          group < flora_chunk_begin(groups, chunk + 1, p->chunks); group++) {
         const int64_t first = group * lanes, count = flora_min(lanes, p->rows - first);
@@ -339,7 +340,7 @@ static flora_status prepare(apply *p, int transforms, int buffers, char *error) 
     for (int i = 0; i < 4; i++)
         *places[i] = i < buffers ? flora_reserve(&room, n, 2 * lanes, 1, real) : *places[i - 1];
     p->lines = flora_reserve(&room, lanes, flora_round_up(flora_max(widest, 2 * n), lanes), 1, real);
-    p->sums = flora_reserve(&room, p->filters, n, 2, real);
+    p->sums = flora_reserve(&room, p->d_left != NULL || p->d_right != NULL ? p->filters : 0, n, 2, real);
     p->room_size = (int64_t)room.size;
     p->rooms = flora_reserve(&p->scratch, p->chunks, p->room_size, 1, 1);
     p->scratch.overflow |= room.overflow;
@@ -352,7 +353,8 @@ static flora_status prepare(apply *p, int transforms, int buffers, char *error) 
         *(double *)at(p, p->one, 0) = 1.0;
     else
         *(float *)at(p, p->one, 0) = 1.0f;
-    transform_filters(p);
+    if (p->update.right != NULL || p->dx != NULL || p->y != NULL)
+        transform_filters(p);
     return FLORA_OK;
 }
 

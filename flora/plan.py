@@ -30,10 +30,12 @@ class Speeds(NamedTuple):
     call: float
     """One more operation: a tensor allocated, a kernel started."""
     transform: float
-    """A flop in a Fourier transform."""
+    """A Fourier transform of n points, as a multiple of n·log₂ n."""
+    slide: float
+    """An element of a product of two Toeplitz matrices from its neighbour; its adjoint takes six times as long."""
 
 
-SPEEDS = Speeds(skinny=1.6, byte=6.0, grouped=6.0, call=2.0e5, transform=4.0)
+SPEEDS = Speeds(skinny=1.6, byte=6.0, grouped=6.0, call=2.0e5, transform=4.0, slide=10.0)
 
 
 def plan_costs(
@@ -126,16 +128,18 @@ def toeplitz_costs(
 ) -> dict[str, float]:
     """As `plan_costs`, for Toeplitz matrices: transforms of rows, and an assembly of the weight along its diagonals."""
     size, product = d_out * d_in, 2 * rows * d_out * d_in
-    length = d_out + d_in if terms == 0 else 2 * max(d_out, d_in)
-    transform = speeds.transform * 2.5 * length * math.log2(length) * rows
-    build = speeds.byte * itemsize * size * (2 + 2 * terms) + speeds.call
+    points = max(2.0, (d_out + d_in) / 2 if terms == 0 else max(d_out, d_in))
+    transform = speeds.transform * points * math.log2(points) * rows
+    slide = speeds.slide * size * terms
+    build = speeds.byte * 2 * itemsize * size + slide + speeds.call
+    project = speeds.byte * itemsize * size + 6 * slide + speeds.call
     passes = speeds.byte * itemsize * rows * (d_in + 2 * d_out)
     fused = (2 + 2 * terms) * transform + passes
     hybrid = merged = build
     if grad:
         fused += (3 + 4 * terms) * transform + 2 * passes
         hybrid += build + (2 + 4 * terms) * transform + passes
-        merged += 3 * build + product
+        merged += build + product + project
     return _with_narrow(fused, hybrid, merged, product, grad)
 
 
