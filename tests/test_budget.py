@@ -91,6 +91,18 @@ def test_the_closest_subset_is_the_closest(steps, most):
     assert sum(steps[i] for i in found) == best
 
 
+def test_blocks_are_chosen_only_where_no_rank_is_meant():
+    with pytest.raises(ValueError, match="alpha=8.0 needs a rank, and blocks are chosen here"):
+        flora.budget(network(), flora.KroneckerConfig(alpha=8), 1000)
+    block = flora.budget(network(), flora.KroneckerConfig, 100_000, target_modules=["2", "4"]).block
+    assert block[0] * block[1] > 1
+
+
+def test_a_mapping_has_no_single_size():
+    with pytest.raises(TypeError, match="config=.*must be a configuration or its class"):
+        flora.budget(network(), {"2": flora.TuckerConfig()}, 1000)
+
+
 def test_many_large_steps_are_taken_from_the_largest(monkeypatch):
     monkeypatch.setattr("flora.budgets._MOST_STEPS", 0)
     assert closest_subset([3, 8, 5], 10) == [1]

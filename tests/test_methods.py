@@ -44,6 +44,9 @@ class DiagonalDelta(flora.WeightDelta, config=DiagonalConfig):
 
 METHODS = {
     "tucker": flora.TuckerConfig(rank=3),
+    "lora": flora.LoRAConfig(rank=1),
+    "locon": flora.LoRAConfig(rank=1, tucker=True),
+    "lora-xs": flora.LoRAXSConfig(rank=2),
     "circulant": flora.CirculantConfig(),
     "circulant, one vector": flora.CirculantConfig(product=False),
     "toeplitz": flora.ToeplitzConfig(),
@@ -122,10 +125,11 @@ def dense(delta, weight):
         case DiagonalConfig():
             full = np.zeros((n, n))
             np.fill_diagonal(full[:rows, :columns], p["values"])
-        case flora.TuckerConfig():
-            full = p["core"]
+        case flora.TuckerConfig() | flora.LoRAConfig() | flora.LoRAXSConfig():
+            full = p["core"] if "core" in p else np.eye(p["factors.0"].shape[1])
             for mode in range(weight.ndim):
-                full = np.moveaxis(np.tensordot(full, p[f"factors.{mode}"], (mode, 1)), -1, mode)
+                if f"factors.{mode}" in p:
+                    full = np.moveaxis(np.tensordot(full, p[f"factors.{mode}"], (mode, 1)), -1, mode)
             full = full.reshape(rows, columns)
     assert full.shape[0] >= rows
     return delta.scale * full[:rows, :columns].reshape(weight.shape)
@@ -200,12 +204,13 @@ def test_output_and_gradients_are_those_of_the_effective_weight(config, case, pl
     dy = torch.randn_like(expected)
     dx, dw = torch.autograd.grad(expected, (x, weight), dy)
 
+    learning = [p for p in delta.parameters() if p.requires_grad]
     y = layer(x)
-    grads = torch.autograd.grad(y, (x, *delta.parameters()), dy)
+    grads = torch.autograd.grad(y, (x, *learning), dy)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(grads[0], dx, rtol=1e-4, atol=1e-4)
-    of_weight = torch.autograd.grad(delta.delta_weight(base.weight), tuple(delta.parameters()), dw)
-    torch.testing.assert_close(grads[1:], of_weight, rtol=1e-4, atol=2e-4)
+    of_weight = torch.autograd.grad(delta.delta_weight(base.weight), learning, dw)
+    torch.testing.assert_close(list(grads[1:]), list(of_weight), rtol=1e-4, atol=2e-4)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
 
@@ -273,7 +278,7 @@ def test_half_precision_keeps_float32_parameters(config, case, dtype):
     assert y.dtype == dtype
     expected = exact(x.detach().float().requires_grad_())
     torch.testing.assert_close(y.float(), expected, rtol=2**-6, atol=2**-6 * expected.abs().max().item())
-    grads = torch.autograd.grad(y.sum(), (x, *delta.parameters()))
+    grads = torch.autograd.grad(y.sum(), (x, *(p for p in delta.parameters() if p.requires_grad)))
     assert all(torch.isfinite(g).all() for g in grads)
     assert TOLERANCE[dtype] < 2**-6
 
@@ -372,6 +377,64 @@ def test_methods_by_pattern(tmp_path):
     assert torch.equal(flora.load_adapter(network(), tmp_path / "mixed")(IMAGES), model(IMAGES))
 
 
+@pytest.mark.parametrize("trained", ["x", "no x"])
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_delta_alone_learns_on_every_layer(config, case, trained):
+    """With nothing else that needs a gradient, and with dropout: what is not asked for is not computed."""
+    make, shape = LAYERS[case]
+    for dropout in (0.0, 0.2):
+        layer = filled(flora.wrap(make(), replace(config, dropout=dropout)))
+        layer(torch.randn(shape, requires_grad=trained == "x")).sum().backward()
+        assert all(p.grad is not None for p in layer.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["circulant", "toeplitz", "toeplitz, general", "ldr", "kronecker", "from outside"])
+def test_rows_of_an_embedding_are_those_of_its_delta(name):
+    config = METHODS[name] if name != "kronecker" else flora.KroneckerConfig(rank=3)
+    layer = filled(flora.wrap(nn.Embedding(12, 6, padding_idx=2), config))
+    delta = layer.deltas["default"]
+    table = layer.base_layer.weight + delta.delta_weight(layer.base_layer.weight)
+    table = table.index_copy(0, torch.tensor([2]), layer.base_layer.weight[2:3])
+    ids = torch.tensor([[0, 2, 11], [5, 5, 1]])
+    torch.testing.assert_close(layer(ids), table[ids], rtol=1e-4, atol=1e-5)
+    grads = torch.autograd.grad(layer(ids).square().sum(), tuple(delta.parameters()))
+    expected = torch.autograd.grad(table[ids].square().sum(), tuple(delta.parameters()))
+    torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_merging_under_autocast_keeps_the_precision(config):
+    layer = filled(flora.wrap(nn.Linear(6, 6), config))
+    delta = layer.deltas["default"]
+    expected = layer.base_layer.weight + delta.delta_weight(layer.base_layer.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert delta.delta_weight(layer.base_layer.weight).dtype == torch.float32
+        layer.merge()
+    torch.testing.assert_close(layer.base_layer.weight, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_batch_of_nothing(config):
+    layer = filled(flora.wrap(nn.Linear(6, 6), config))
+    x = torch.zeros(0, 6, requires_grad=True)
+    keeps_input = not isinstance(config, flora.LoRAXSConfig)  # whose input factor does not learn
+    (dx,) = torch.autograd.grad(layer(x).sum(), x, create_graph=keeps_input)
+    assert dx.shape == (0, 6)
+    y = torch.func.functional_call(layer, dict(layer.named_parameters()), (x,))
+    assert y.shape == (0, 6)
+
+
+@pytest.mark.parametrize("name", ["lora", "circulant", "toeplitz", "ldr", "kronecker", "rescale"])
+def test_a_file_of_zeros_could_never_learn(name, tmp_path):
+    config = replace(METHODS[name], target_modules=["3"])
+    model = flora.adapt(network(), config)
+    with torch.no_grad():
+        for parameter in model[3].deltas.parameters():
+            parameter.zero_()
+    flora.save_adapter(model, tmp_path / "zeros")
+    with pytest.raises(ValueError, match="3: the delta could never learn, as .* zero"):
+        flora.load_adapter(network(), tmp_path / "zeros")
+    flora.load_adapter(network(), tmp_path / "zeros", trainable=False)
+
+
 # Errors ------------------------------------------------------------------------------------------------------------
 
 
@@ -418,6 +481,17 @@ def test_blocks_that_do_not_fit_name_the_module_and_the_divisors(config, message
     assert type(model[3]) is nn.Linear
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_method_that_is_taken_is_an_error():
+    with pytest.raises(TypeError, match="Another: method='circulant' is that of CirculantConfig"):
+        type("Another", (DeltaConfig,), {"method": "circulant"})
+    assert type(DeltaConfig.from_dict(flora.CirculantConfig().to_dict())) is flora.CirculantConfig
+
+
+def test_a_block_takes_the_place_of_the_rank():
+    assert replace(flora.KroneckerConfig(), block=(2, 2)).block == (2, 2)
+    assert flora.KroneckerConfig(alpha=8).resolved_scale == 0.5
 
 
 def test_a_configuration_without_a_delta_is_an_error():

@@ -559,6 +559,8 @@ def test_weights_multiply_updates_until_the_next_choice():
             ValueError,
             "^8: only one of 'default', 'task_b'",
         ),
+        (lambda m: set_adapter(m, None), TypeError, "name=None must be a name or names"),
+        (lambda m: set_adapter(m, "default", trainable=3), TypeError, "trainable=3 must be a name or names"),
         (lambda m: set_adapter(m, {}), ValueError, r"name=\{\} must name an adapter"),
         (lambda m: set_adapter(m, {"default": 1.0, "x": 1.0}), ValueError, "no adapter 'x'"),
         (lambda m: set_adapter(m, {"default": True}), ValueError, "the weight True of 'default' must be a finite"),
