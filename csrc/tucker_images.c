@@ -52,7 +52,7 @@ static int64_t correlated(const flora_pixels *pixels, int64_t first, int64_t cou
 }
 
 /* out (pixels, width) = Σ_tap image (pixel at tap, depth) · matrix_tap (depth, width): the small convolution. The first
- * pixel's tap 0 is `first` numbers into the image, rows of the matrix are `matrix_w` apart. */
+ * pixel's tap 0 is `first` numbers into the image, rows of a matrix are `matrix_w` apart. */
 static void correlate(const flora_plan *p, const flora_tile *t, const flora_pixels *pixels, const void *image,
                       int64_t first, int64_t channel, int64_t depth, const int64_t *taps, const void *matrix,
                       const int64_t *matrix_taps, int64_t matrix_w, int64_t width, void *span_room, void *out) {
@@ -118,7 +118,7 @@ void flora_convolve(const flora_plan *p, int chunk, const flora_tile *t, void *k
     }
     int64_t first;
     const void *image = h_of(p, chunk, t, &first);
-    correlate(p, t, &p->h_out, image, first, p->h_channel, layer->r_in, at(p, p->taps_a), matrix, matrix_taps, p->out_w,
+    correlate(p, t, &p->h_out, image, first, p->h_channel, layer->r_in, at(p, p->taps_a), matrix, matrix_taps, p->core_w,
               p->out_w, span, k_tile);
 }
 
@@ -128,12 +128,12 @@ void flora_convolve_back(const flora_plan *p, int chunk, const flora_tile *t, in
                          void *dh_tile) {
     const void *image = (char *)at(p, p->dk) + (t->image * p->layer->groups + t->group) * p->dk_size * p->number;
     correlate(p, t, &p->dk_in, image, 0, 1, p->layer->r_out, at(p, p->taps_dk), reals(p, at(p, p->core_t), channel),
-              at(p, p->taps_core_t), p->in_w, width, in_room(p, chunk, p->span), dh_tile);
+              at(p, p->taps_core_t), p->core_t_w, width, in_room(p, chunk, p->span), dh_tile);
 }
 
 /* dG_tap (r_in, out_w) += h(at tap)ᵀ · dk, transposed so that h, whose rows are not padded, is the broadcast side; of a
- * window, whose rows are padded and long, dG_tap (r_out, in_w) += dkᵀ · h(at tap). Runs of equal length are the taps of
- * one product, so that its sums stay in registers. */
+ * window, whose rows are padded and long, dG (r_out, at tap, in_w) += dkᵀ · h(at tap). Runs of equal length are the
+ * taps of one product, so that its sums stay in registers. */
 void flora_core_gradient(const flora_plan *p, int chunk, const flora_tile *t, const void *dk, void *sums) {
     const flora_layer *layer = p->layer;
     const flora_pixels *pixels = p->by_planes ? &p->planes_out : &p->h_out;
@@ -158,7 +158,7 @@ void flora_core_gradient(const flora_plan *p, int chunk, const flora_tile *t, co
             }
         }
         for (int64_t tap = 0; tap < layer->taps; tap++) {
-            void *sum = reals(p, sums, tap * flora_core_sums(p));
+            void *sum = reals(p, sums, tap * (p->windows ? p->in_w : layer->r_in * p->out_w));
             if (p->windows) {
                 multiply(p, (flora_gemm){.m = layer->r_out,
                                          .n = layer->r_in,
@@ -173,7 +173,7 @@ void flora_core_gradient(const flora_plan *p, int chunk, const flora_tile *t, co
                                          .b_taps = runs_h,
                                          .c_in = sum,
                                          .c = sum,
-                                         .c_m = p->in_w});
+                                         .c_m = layer->taps * p->in_w});
                 continue;
             }
             if (p->by_planes) {
@@ -208,11 +208,6 @@ void flora_core_gradient(const flora_plan *p, int chunk, const flora_tile *t, co
                                      .c_m = p->out_w});
         }
     }
-}
-
-/* The reals of a tap's sums. */
-int64_t flora_core_sums(const flora_plan *p) {
-    return p->windows ? p->layer->r_out * p->in_w : p->layer->r_in * p->out_w;
 }
 
 /* dk's tile into its image */
@@ -304,7 +299,7 @@ void flora_transposed_line(const flora_plan *p, int64_t line, int64_t begin, int
     const flora_layer *layer = p->layer;
     const flora_geometry *geometry = &layer->geometry;
     const int last = layer->ndim - 1;
-    const int64_t stride = geometry->stride[last], core_size = layer->r_out * p->in_w;
+    const int64_t stride = geometry->stride[last], core_size = p->core_t_tap;
     char *dh = reals(p, at(p, p->dh), line * layer->padded[last] * p->in_w);
     int64_t position[FLORA_MAX_SPATIAL], outer_taps = 1, count = 0;
     for (int mode = last - 1; mode >= 0; mode--) {
@@ -364,7 +359,7 @@ void flora_transposed_line(const flora_plan *p, int64_t line, int64_t begin, int
                                      .a_m = p->out_w,
                                      .a_k = 1,
                                      .b = core,
-                                     .b_k = p->in_w,
+                                     .b_k = p->core_t_w,
                                      .taps = count,
                                      .a_taps = taps_dk,
                                      .b_taps = taps_core,

@@ -341,14 +341,17 @@ static void add_up_chunk(int chunk, const flora_plan *p) {
         add_up(p, layer->d_u_out, &layer->dy, p->d_u_out, p->out_w, chunk, layer->scale);
     if (layer->d_core == NULL || layer->d_core->data == NULL)
         return;
-    const int rows = p->windows ? 0 : 1; /* the core's mode along which the sums have rows */
+    if (p->windows) {
+        flora_add_up_long_core(p, chunk, flora_chunk_begin(layer->r_out, chunk, p->chunks),
+                               flora_chunk_begin(layer->r_out, chunk + 1, p->chunks));
+        return;
+    }
     for (int64_t tap = flora_chunk_begin(layer->taps, chunk, p->chunks);
          tap < flora_chunk_begin(layer->taps, chunk + 1, p->chunks); tap++)
         p->kernels->sum(flora_at(layer->d_core->data, flora_core_tap(layer, layer->d_core, tap), p->kernels->real_size),
-                        layer->d_core->strides[rows], layer->d_core->strides[1 - rows],
-                        reals(p, in_sums(p, 0, p->d_core), tap * flora_core_sums(p)), p->windows ? p->in_w : p->out_w,
-                        p->chunks, p->sums_size / (int64_t)p->kernels->real_size,
-                        p->windows ? layer->r_out : layer->r_in, p->windows ? layer->r_in : layer->r_out, 1.0);
+                        layer->d_core->strides[1], layer->d_core->strides[0],
+                        reals(p, in_sums(p, 0, p->d_core), tap * layer->r_in * p->out_w), p->out_w, p->chunks,
+                        p->sums_size / (int64_t)p->kernels->real_size, layer->r_in, layer->r_out, 1.0);
 }
 
 flora_status flora_layer_forward(const flora_layer *layer, char *error) {
@@ -404,7 +407,11 @@ flora_status flora_layer_backward(const flora_layer *layer, char *error) {
     if (p.dots != NULL && !layer->pointwise && needs_h && !empty)
         flora_plan_h_copies(&p, layer->d_core != NULL);
     p.d_u_in = flora_reserve(&sums, layer->d_u_in != NULL ? flora_round_up(layer->c_in, p.lanes) : 0, p.in_w, 1, real);
-    p.d_core = flora_reserve(&sums, layer->d_core != NULL ? layer->taps : 0, flora_core_sums(&p), 1, real);
+    if (p.windows) /* rows to spare, which are read to the end of the last square */
+        p.d_core =
+            flora_reserve(&sums, layer->d_core != NULL ? layer->r_out * layer->taps + p.lanes : 0, p.in_w, 1, real);
+    else
+        p.d_core = flora_reserve(&sums, layer->d_core != NULL ? layer->taps : 0, layer->r_in, p.out_w, real);
     p.d_u_out = flora_reserve(&sums, layer->d_u_out != NULL ? flora_round_up(layer->groups * layer->c_out, p.lanes) : 0,
                               p.out_w, 1, real);
     p.sums_size = (int64_t)sums.size;

@@ -54,8 +54,12 @@ void flora_pack_expand(const flora_plan *p, size_t to, const flora_view *u, cons
 void flora_pack_core(const flora_plan *p) {
     const flora_layer *layer = p->layer;
     const flora_view *core = layer->core;
+    if (p->windows) {
+        flora_pack_long_core(p);
+        return;
+    }
     for (int64_t tap = 0; core != NULL && tap < layer->taps; tap++) {
-        void *to = reals(p, at(p, p->core), tap * layer->r_in * p->out_w);
+        void *to = reals(p, at(p, p->core), tap * p->core_tap);
         p->kernels->pack(to, p->out_w, flora_at(core->data, flora_core_tap(layer, core, tap), p->kernels->real_size),
                          core->strides[1], core->strides[0], layer->r_in, layer->r_out, 1.0);
         if (p->numbers > 1)
@@ -67,8 +71,12 @@ void flora_pack_core(const flora_plan *p) {
 void flora_pack_core_t(const flora_plan *p) {
     const flora_layer *layer = p->layer;
     const flora_view *core = layer->core;
+    if (p->windows) {
+        flora_pack_long_core_t(p);
+        return;
+    }
     for (int64_t tap = 0; core != NULL && tap < layer->taps; tap++) {
-        void *to = reals(p, at(p, p->core_t), tap * layer->r_out * p->in_w);
+        void *to = reals(p, at(p, p->core_t), tap * p->core_t_tap);
         p->kernels->pack(to, p->in_w, flora_at(core->data, flora_core_tap(layer, core, tap), p->kernels->real_size),
                          core->strides[0], core->strides[1], layer->r_out, layer->r_in, 1.0);
         if (p->numbers > 1)
@@ -107,6 +115,10 @@ void flora_plan_common(flora_plan *p, const flora_layer *layer, int planes, int 
     p->out_w = flora_round_up(layer->r_out, p->lanes);
     p->y_w = flora_round_up(layer->c_out, p->lanes);
     p->dx_w = flora_round_up(layer->c_in, p->lanes);
+    p->core_tap = p->windows ? p->out_w : layer->r_in * p->out_w;
+    p->core_w = p->windows ? layer->taps * p->out_w : p->out_w;
+    p->core_t_tap = p->windows ? p->in_w : layer->r_out * p->in_w;
+    p->core_t_w = p->windows ? layer->taps * p->in_w : p->in_w;
     p->dh_w = p->windows ? flora_min(p->in_w, BLOCK) : p->in_w;
 
     /* h's own layout, or the caller's */
@@ -227,6 +239,8 @@ void flora_plan_rooms(flora_plan *p, int64_t line_taps) {
         p->window = flora_reserve(&room, p->window_pixels, p->h_stride[p->layer->ndim - 1], 1, real);
         p->line = flora_reserve(&room, p->kernels->act_size == real ? 0 : p->layer->c_in, p->tile, 1, real);
     }
+    if (p->windows && p->layer->d_core != NULL)
+        p->turned_taps = flora_reserve(&room, p->tile, flora_round_up(p->layer->taps, p->lanes), 1, real);
     p->line_taps_dk = flora_reserve(&room, line_taps, 1, 1, sizeof(int64_t));
     p->line_taps_core = flora_reserve(&room, line_taps, 1, 1, sizeof(int64_t));
     p->room_size = (int64_t)room.size;
@@ -245,7 +259,7 @@ void flora_place_taps(flora_plan *p) {
             rest /= layer->kernel[mode];
         }
         taps[tap] = offset;
-        core[tap] = tap * layer->r_in * p->out_w * p->numbers;
+        core[tap] = tap * p->core_tap * p->numbers;
     }
     for (int64_t tap = 0; p->h_w > 0 && tap < layer->taps; tap++) {
         int64_t rest = tap, offset = 0, size = 1;
@@ -268,7 +282,7 @@ void flora_place_taps(flora_plan *p) {
             size *= p->dk_margin[mode][0] + layer->out[mode] + p->dk_margin[mode][1];
         }
         taps_dk[tap] = offset;
-        core_t[tap] = tap * layer->r_out * p->in_w * p->numbers;
+        core_t[tap] = tap * p->core_t_tap * p->numbers;
     }
     p->h = layer->h != NULL ? layer->h->data : p->owns_h ? at(p, p->h_scratch) : NULL;
 }

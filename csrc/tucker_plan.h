@@ -27,14 +27,15 @@ typedef struct {
     int64_t lanes, in_w, out_w, y_w, dx_w;
 
     /* packed factors */
-    size_t u_in;      /* (c_in, in_w) */
-    size_t u_out;     /* (groups · c_out, out_w) · scale */
-    size_t core;      /* (taps, r_in, out_w) */
-    size_t core_t;    /* (taps, r_out, in_w) */
-    size_t to_y;      /* U_out · scale as `expand` wants it for y */
-    size_t to_dx;     /* U_in as `expand` wants it for dx */
-    size_t taps_a;    /* (taps) int64: where a tap's pixel is in h */
-    size_t taps_core; /* (taps) int64: where a tap is in `core` */
+    size_t u_in;                                    /* (c_in, in_w) */
+    size_t u_out;                                   /* (groups · c_out, out_w) · scale */
+    size_t core;                                    /* (taps, r_in, out_w), or with windows (r_in, taps, out_w) */
+    size_t core_t;                                  /* (taps, r_out, in_w), or with windows (r_out, taps, in_w) */
+    int64_t core_tap, core_w, core_t_tap, core_t_w; /* reals from tap to tap, and from row to row, of these */
+    size_t to_y;                                    /* U_out · scale as `expand` wants it for y */
+    size_t to_dx;                                   /* U_in as `expand` wants it for dx */
+    size_t taps_a;                                  /* (taps) int64: where a tap's pixel is in h */
+    size_t taps_core;                               /* (taps) int64: where a tap is in `core` */
 
     /* images */
     char *h;                                                 /* (batch, *padded, groups · r_in), or NULL */
@@ -69,9 +70,9 @@ typedef struct {
     size_t rooms, sums;
     int64_t room_size, sums_size;                                 /* bytes */
     size_t h_tile, k_tile, dk_tile, dh_tile, turned, block, span; /* within a room */
-    size_t line_taps_dk, line_taps_core, runs_h, runs_dk, window, line;
+    size_t line_taps_dk, line_taps_core, runs_h, runs_dk, window, line, turned_taps;
     int64_t dh_w; /* the row width of dh's tile: in_w, or of the input channels that are taken at a time */
-    /* within the sums: (c_in, in_w), (taps, r_in, out_w), or of windows (taps, r_out, in_w), and (groups · c_out,
+    /* within the sums: (c_in, in_w), (taps, r_in, out_w), or of windows (r_out, taps, in_w), and (groups · c_out,
      * out_w), or as turned_sums says */
     size_t d_u_in, d_core, d_u_out;
 } flora_plan;
@@ -136,7 +137,6 @@ void flora_convolve(const flora_plan *p, int chunk, const flora_tile *t, void *k
 void flora_convolve_back(const flora_plan *p, int chunk, const flora_tile *t, int64_t channel, int64_t width,
                          void *dh_tile);
 void flora_core_gradient(const flora_plan *p, int chunk, const flora_tile *t, const void *dk, void *sums);
-int64_t flora_core_sums(const flora_plan *p);
 void flora_store_dk(const flora_plan *p, const flora_tile *t, const void *dk_tile);
 void flora_pad_line(const flora_plan *p, int64_t line);
 void flora_fold(const flora_plan *p, int64_t slice);
@@ -148,6 +148,9 @@ void flora_clear_margins(const flora_plan *p, int64_t slice);
 /* tucker_window.c */
 void flora_plan_window(flora_plan *p);
 void flora_move_window(const flora_plan *p, int chunk, flora_window *w, flora_tile *t);
+void flora_pack_long_core(const flora_plan *p);
+void flora_pack_long_core_t(const flora_plan *p);
+void flora_add_up_long_core(const flora_plan *p, int chunk, int64_t begin, int64_t end);
 
 /* tucker_plan.c */
 void flora_plan_common(flora_plan *p, const flora_layer *layer, int planes, int spare_h);

@@ -117,3 +117,65 @@ void flora_move_window(const flora_plan *p, int chunk, flora_window *w, flora_ti
     }
     t->window = w->begin * layer->geometry.stride[0] * p->h_stride[0];
 }
+
+/* The core ----------------------------------------------------------------------------------------------------------*/
+
+/* A core c_in deep is large, and its taps are next to each other in memory: packed with the taps inside, it is read in
+ * squares, and so is its gradient written. */
+
+/* Whether the taps of a core follow each other in memory. */
+static int dense_taps(const flora_layer *layer, const flora_view *core) {
+    int64_t stride = 1;
+    int dense = 1;
+    for (int mode = layer->ndim - 1; mode >= 0; mode--) {
+        dense = dense && (layer->kernel[mode] == 1 || core->strides[2 + mode] == stride);
+        stride *= layer->kernel[mode];
+    }
+    return dense;
+}
+
+/* to (outer, taps, width) = the core with its mode `outer` first, then the taps, then the other mode, padded */
+static void pack_taps_inside(const flora_plan *p, char *to, int outer, int64_t width) {
+    const flora_layer *layer = p->layer;
+    const flora_view *core = layer->core;
+    const int64_t inner = core->strides[1 - outer], run = dense_taps(layer, core) ? layer->taps : 1;
+    for (int64_t i = 0; i < core->shape[outer]; i++)
+        for (int64_t tap = 0; tap < layer->taps; tap += run)
+            p->kernels->pack(reals(p, to, (i * layer->taps + tap) * width), width,
+                             reals(p, core->data, i * core->strides[outer] + flora_core_tap(layer, core, tap)), 1,
+                             inner, run, core->shape[1 - outer], 1.0);
+}
+
+/* (c_in, taps, out_w), the core of the forward convolution */
+void flora_pack_long_core(const flora_plan *p) {
+    pack_taps_inside(p, at(p, p->core), 1, p->out_w);
+}
+
+/* (r_out, taps, in_w), the core of the transposed convolution */
+void flora_pack_long_core_t(const flora_plan *p) {
+    pack_taps_inside(p, at(p, p->core_t), 0, p->in_w);
+}
+
+/* Rows [begin, end) of mode out of the core's gradient from the sums (r_out, taps, in_w) of all chunks. */
+void flora_add_up_long_core(const flora_plan *p, int chunk, int64_t begin, int64_t end) {
+    const flora_layer *layer = p->layer;
+    const flora_view *d_core = layer->d_core;
+    const int64_t taps = layer->taps, part = p->sums_size / (int64_t)p->kernels->real_size;
+    const int dense = dense_taps(layer, d_core);
+    for (int64_t i = begin; i < end; i++) {
+        char *sums = reals(p, in_sums(p, 0, p->d_core), i * taps * p->in_w);
+        for (int64_t c = 0; dense && c < layer->c_in; c += p->tile) {
+            const int64_t count = flora_min(p->tile, layer->c_in - c), width = flora_round_up(taps, p->lanes);
+            void *room = in_room(p, chunk, p->turned_taps),
+                 *to = reals(p, d_core->data, i * d_core->strides[0] + c * d_core->strides[1]);
+            p->kernels->sum(reals(p, sums, c), p->in_w, 1, reals(p, sums, c), p->in_w, p->chunks, part, taps, count,
+                            1.0);
+            p->kernels->transpose(room, width, reals(p, sums, c), p->in_w, taps, count);
+            p->kernels->copy(to, d_core->strides[1], room, width, 1, count, taps);
+        }
+        for (int64_t tap = 0; !dense && tap < taps; tap++)
+            p->kernels->sum(reals(p, d_core->data, i * d_core->strides[0] + flora_core_tap(layer, d_core, tap)), 0,
+                            d_core->strides[1], reals(p, sums, tap * p->in_w), p->in_w, p->chunks, part, 1, layer->c_in,
+                            1.0);
+    }
+}
