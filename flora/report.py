@@ -32,7 +32,7 @@ class LayerRow:
     ranks: tuple[int, ...]
     """Of every mode; empty where the delta has none."""
     size: str
-    """The delta's `Delta.size`: its ranks, terms or block, or the names of what it has; "" for a module trained whole."""
+    """As `Delta.size` tells it: ranks, terms, a block, names of parameters; "" for a module trained whole."""
     plan: str
     """How the layer computes; "block" for one after it, "trained whole" for a module of ``modules_to_save``."""
     scale: float

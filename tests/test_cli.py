@@ -194,13 +194,15 @@ def test_inspect_shows_every_method(
 
 
 def test_inspect_of_a_block_around_other_deltas(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)), nn.Linear(4, 2))
-    configs = {"0": flora.StructuredAdapterConfig(), "all": flora.TuckerConfig(rank=2, modules_to_save=["1"])}
+    model = nn.Sequential()
+    model.add_module("part", nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)))
+    model.add_module("head", nn.Linear(4, 2))
+    configs = {"part": flora.StructuredAdapterConfig(), "all": flora.TuckerConfig(rank=2, modules_to_save=["head"])}
     trained(model, configs, tmp_path / "adapter")
     status, out, err = run(capsys, "inspect", tmp_path / "adapter")
     assert status == 0, err
-    counts = {line.split()[0]: line.split()[4] for line in out.splitlines() if line.startswith("0")}
-    assert counts == {"0": "12", "0.0": str(4 + 12 + 8), "0.1": str(4 + 8 + 12)}
+    counts = {line.split()[0]: line.split()[4] for line in out.splitlines() if line.startswith("part")}
+    assert counts == {"part": "12", "part.0": str(4 + 12 + 8), "part.1": str(4 + 8 + 12)}
 
 
 def test_inspect_builds_no_update_of_a_great_size(

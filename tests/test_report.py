@@ -73,10 +73,10 @@ def test_the_printed_report(model):
 
 def test_sizes_are_told_in_the_method_s_own_terms():
     configs = {"0": LDRConfig(terms=3), "1": KroneckerConfig(rank=4), "2": RescaleConfig(columns=False)}
-    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4), nn.Linear(4, 2), nn.Linear(2, 2))
-    adapt(model, configs | {"all": TuckerConfig(rank=1, modules_to_save=["3"])})
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4), nn.Linear(4, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    adapt(model, configs | {"all": TuckerConfig(rank=1, modules_to_save=["4"])})
     report = summary(model)
-    assert [row.size for row in report.layers] == ["3 terms", "A 4×3", "row, shift", ""]
+    assert [row.size for row in report.layers] == ["3 terms", "A 4×3", "row, shift", "1×1", ""]
     assert "row, shift" in str(report)
 
 
