@@ -12,7 +12,7 @@ import math
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,16 @@ import flora
 from flora import functional, reference
 from flora.bench import command
 from flora.config import DeltaConfig
-from flora.serialization import AdapterFile, read_adapter
+from flora.deltas import Delta, Site, WeightDelta, build
+from flora.deltas.tucker import Factored
+from flora.outputs import Output
+from flora.serialization import AdapterFile, filler, read_adapter
 from flora.tables import aligned
 
 EFFICIENTNET = "efficientnet-lite0"  # the one base that has a name of its own; any other is a folder
+
+
+_MOST_ENTRIES = 1 << 24  # of a ΔW that has to be built for its norm
 
 
 class UserError(Exception):
@@ -55,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    top = argparse.ArgumentParser(prog="flora", description="Tucker adapters for pretrained PyTorch networks.")
+    top = argparse.ArgumentParser(
+        prog="flora", description="Small trainable deltas for pretrained PyTorch networks: FLoRA and others."
+    )
     top.add_argument("--version", action="version", version=f"flora {flora.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -164,31 +172,55 @@ def _finetune(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     with _user_errors():
         file = read_adapter(args.adapter)
+    rows, tensors = [], _by_module(file)
+    for name, entry in file.layers.items():
+        with _user_errors():
+            delta = _delta(file, name, tensors[name])
+        shape = "×".join(map(str, entry.shape))
+        core = getattr(delta, "core", None)
+        norms = ("" if core is None else f"{core.norm().item():.3g}", _update_norm(delta))
+        rows.append((name, shape, delta.size, f"{entry.scale:g}", f"{_count(tensors[name]):,}", *norms))
+    rows += [(name, "trained whole", "", "", f"{_count(tensors[name]):,}", "", "") for name in file.saved]
     print(f"{file.path}: {file.method}, for a {file.base.model}")
     for pattern, config in [("", file.config)] if isinstance(file.config, DeltaConfig) else file.config.items():
         print(f"  {pattern}: {_changed(config)}" if pattern else f"  {_changed(config)}")
-    rows, counted = [], 0
-    for name, entry in file.layers.items():
-        tensors = _of(file, name)
-        count = sum(tensor.numel() for tensor in tensors.values())
-        core, update = _norms(tensors, entry.scale)
-        sizes = ("×".join(map(str, sizes)) for sizes in (entry.shape, entry.ranks))
-        rows.append((name, *sizes, f"{entry.scale:g}", f"{count:,}", core, update))
-        counted += count
-    for name in file.saved:
-        tensors = _of(file, name)
-        count = sum(tensor.numel() for tensor in tensors.values())
-        rows.append((name, "trained whole", "", "", f"{count:,}", "", ""))
-        counted += count
-    print(aligned(("module", "weight", "ranks", "scale", "parameters", "‖core‖", "‖ΔW‖"), rows))
+    print(aligned(("module", "weight", "size", "scale", "parameters", "‖core‖", "‖s·ΔW‖"), rows))
+    counted = _count(file.tensors)
     base = sum(math.prod(shape) for shape in file.base.shapes.values())
     size = sum(tensor.nbytes for tensor in file.tensors.values())
     print(f"{counted:,} parameters, {size / 2**20:.1f} MiB; the base, without what was trained whole, has {base:,}")
 
 
-def _of(file: AdapterFile, name: str) -> dict[str, Tensor]:
-    """The tensors of one module, by their names in it."""
-    return {k.removeprefix(f"{name}."): t for k, t in file.tensors.items() if k.startswith(f"{name}.")}
+def _by_module(file: AdapterFile) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each module, by their names in it. What lies inside a module with a block is its own module."""
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in sorted((*file.layers, *file.saved), key=len)[::-1]}
+    for key, tensor in file.tensors.items():
+        where = next(name for name in found if key.startswith(f"{name}."))
+        found[where][key.removeprefix(f"{where}.")] = tensor
+    return found
+
+
+def _count(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def _delta(file: AdapterFile, name: str, tensors: Mapping[str, Tensor]) -> Delta:
+    """A module's delta, in float64, without the module. Raises ValueError, naming it, if its tensors do not fit."""
+    entry = file.layers[name]
+    vectors = [tensors[key].shape for key in ("row", "shift") if key in tensors]  # RescaleDelta's
+    site = Site(
+        entry.shape,
+        dtype=torch.float64,
+        name=name,
+        has_bias="shift" in tensors,
+        norm_offset=0.0 if entry.shape in vectors else None,
+        output=Output(entry.shape[0]),
+        shapes_only=True,
+    )
+    delta = build(file.config_of(name), site).requires_grad_(False)
+    own = {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+    filler(own, {name: entry.scale})({name: delta}, {})
+    return delta
 
 
 def _changed(config: DeltaConfig) -> str:
@@ -199,17 +231,21 @@ def _changed(config: DeltaConfig) -> str:
     return f"{type(config).__name__}({shown})"
 
 
-def _norms(tensors: dict[str, Tensor], scale: float) -> tuple[str, str]:
-    """The Frobenius norms of a Tucker delta's core and of its s·ΔW, which is not built: ‖ΔW‖² = ⟨G, G ×_m U_mᵀU_m⟩."""
-    if "core" not in tensors:
-        return "", ""
-    core = tensors["core"].double()
-    image = core
-    for mode in range(core.ndim):
-        factor = tensors[f"factors.{mode}"].double()
-        image = reference.mode_product(image, factor.mT @ factor, mode)
-    squared = (core * image).sum().clamp(min=0).item()
-    return f"{core.norm().item():.3g}", f"{abs(scale) * math.sqrt(squared):.3g}"
+def _update_norm(delta: Delta) -> str:
+    """The Frobenius norm of s·ΔW; "" where that takes the base's weight or very much memory.
+
+    Of core and factors nothing is built: ‖ΔW‖² = ⟨G, G ×_m U_mᵀU_m⟩.
+    """
+    if isinstance(delta, Factored):
+        first = next(iter(delta.factors))
+        core = torch.eye(first.shape[1], dtype=first.dtype) if delta.core is None else delta.core
+        image: Tensor = core
+        for mode, factor in enumerate(delta.factors):
+            image = reference.mode_product(image, factor.mT @ factor, mode)
+        return f"{abs(delta.scale) * (core * image).sum().clamp(min=0).sqrt().item():.3g}"
+    if not isinstance(delta, WeightDelta) or delta.of_weight or math.prod(delta.shape) > _MOST_ENTRIES:
+        return ""
+    return f"{delta.alone(None).norm().item():.3g}"
 
 
 def _merge(args: argparse.Namespace) -> None:

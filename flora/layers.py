@@ -66,7 +66,8 @@ class AdaptedLayer(nn.Module):
     deltas
         `torch.nn.ModuleDict` of `Delta` by adapter name.
     active
-        names of the adapters in use; their updates add.
+        names of the adapters in use. The updates of the weight add; blocks are applied to the output one after another,
+        in this order, each to what those before it returned.
     enabled
         False: the forward is exactly the frozen base's, also while merged.
     merged

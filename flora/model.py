@@ -403,7 +403,10 @@ def set_adapter(
     *,
     trainable: bool | Sequence[str] = True,
 ) -> None:
-    """Make one adapter active, or several whose updates add, and decide which of them learn.
+    """Make one adapter active, or several, and decide which of them learn.
+
+    Updates of the same weight add. Several blocks after the same module do not: each is applied to what those before it
+    returned, in the order of the names here.
 
     Afterwards exactly the adapters that ``trainable`` means require gradients, whatever was before; all others, and
     the base, do not. DistributedDataParallel looks at what requires gradients when it is built: set the adapters first,

@@ -31,6 +31,8 @@ class LayerRow:
     """Of the weight, (out, in / groups, k…), or of a block's matrix; empty for a module trained whole."""
     ranks: tuple[int, ...]
     """Of every mode; empty where the delta has none."""
+    size: str
+    """As `Delta.size` tells it: ranks, terms, a block, names of parameters; "" for a module trained whole."""
     plan: str
     """How the layer computes; "block" for one after it, "trained whole" for a module of ``modules_to_save``."""
     scale: float
@@ -72,7 +74,7 @@ class Summary:
         return sum(row.parameters for row in self.layers)
 
     def _table(self) -> list[list[str]]:
-        head = ["layer", "adapter", "method", "kind", "weight", "ranks", "plan", "scale", "parameters", "trainable"]
+        head = ["layer", "adapter", "method", "kind", "weight", "size", "plan", "scale", "parameters", "trainable"]
         rows = [
             [
                 row.name or "(the layer)",
@@ -80,7 +82,7 @@ class Summary:
                 row.method,
                 row.kind,
                 _times(row.shape),
-                _times(row.ranks),
+                row.size,
                 row.plan,
                 (f"{row.scale:g}" + (f" × {row.strength:g}" if row.strength != 1 else "")) if row.shape else "",
                 f"{row.parameters:,}",
@@ -130,7 +132,7 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """A printable report: layers, ranks, plans, parameters, share of the model, what was left alone and why.
+    """A printable report: layers, sizes, plans, parameters, share of the model, what was left alone and why.
 
     Raises:
         RuntimeError: no adapters in the model.
@@ -147,6 +149,7 @@ def summary(model: nn.Module) -> Summary:
                     kind=describe(layer.base_layer),
                     shape=tuple(delta.shape),
                     ranks=tuple(getattr(delta, "ranks", ())),
+                    size=delta.size,
                     plan=layer.plan_of(adapter),
                     scale=delta.scale,
                     strength=delta.strength,
@@ -166,6 +169,7 @@ def summary(model: nn.Module) -> Summary:
                     kind=describe(module.base_layer),
                     shape=(),
                     ranks=(),
+                    size="",
                     plan="trained whole",
                     scale=1.0,
                     strength=1.0,

@@ -86,6 +86,12 @@ class AdapterFile:
         """The config's method, or "mixed" for a mapping of patterns."""
         return _method(self.config)
 
+    def config_of(self, name: str) -> DeltaConfig:
+        """The configuration of one layer's delta: that of its pattern, with the layer's own ranks."""
+        entry = self.layers[name]
+        own = self.config if isinstance(self.config, DeltaConfig) else self.config[entry.pattern]
+        return own.for_module(name).with_ranks(entry.ranks)
+
 
 # Saving ------------------------------------------------------------------------------------------------------------
 
@@ -527,12 +533,8 @@ def _load_folder(
     model: nn.Module, file: AdapterFile, name: str, trainable: bool, base_dtype: torch.dtype | None
 ) -> None:
     where = file.path / CONFIG_FILE
-    own = file.config if isinstance(file.config, Mapping) else {"": file.config}
     try:
-        layers = {
-            key: (own[entry.pattern].for_module(key).with_ranks(entry.ranks), entry.pattern)
-            for key, entry in file.layers.items()
-        }
+        layers = {key: (file.config_of(key), entry.pattern) for key, entry in file.layers.items()}
         differing = _compare_bases(model, file, base_dtype)
         selection = select_named(model, layers, file.saved)
         for target in selection.layers:

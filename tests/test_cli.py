@@ -34,7 +34,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return err
 
 
-def trained(model: nn.Module, config: flora.TuckerConfig, folder: Path) -> nn.Module:
+def trained(model: nn.Module, config: flora.DeltaConfig | dict[str, flora.DeltaConfig], folder: Path) -> nn.Module:
     """The model with an adapter of random values, saved in the folder."""
     flora.adapt(model, config)
     torch.manual_seed(1)
@@ -135,6 +135,98 @@ def test_inspect(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert head[1:] == ["trained", "whole", "21"]
     assert lines[-1].startswith(f"{count + 21} parameters, ")
     assert lines[-1].endswith(f"has {6 * 4 * 9 + 6}")
+
+
+class Varied(nn.Sequential):
+    """Layers for every method."""
+
+    def __init__(self) -> None:
+        layers = {"conv": nn.Conv2d(4, 8, 3, groups=2), "flat": nn.Flatten(), "fc": nn.Linear(8, 12)}
+        layers |= {"norm": nn.LayerNorm((3, 4), bias=False), "last": nn.Linear(12, 8)}
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+
+VARIED = {  # the configuration, and the size of a delta on the convolution and on a Linear 8→12
+    "tucker": (flora.TuckerConfig(rank=2, scale=-3.0), "2×2×2×2", "2×2"),
+    "lora": (flora.LoRAConfig(rank=3, alpha=6), "3×2×3×3", "3×3"),
+    "locon": (flora.LoRAConfig(rank=3, tucker=True), "3×3×3×3", "3×3"),
+    "lora-xs": (flora.LoRAXSConfig(rank=2), "2×2×2×2", "2×2"),
+    "circulant": (flora.CirculantConfig(), "a, b", "a, b"),
+    "toeplitz": (flora.ToeplitzConfig(symmetric=False, product=False), "a_row, a_col", "a_row, a_col"),
+    "ldr": (flora.LDRConfig(terms=1, scale=0.5), "1 term", "1 term"),
+    "kronecker": (flora.KroneckerConfig(rank=2), "A 2×9", "A 2×4"),
+    "rescale": (flora.RescaleConfig(), "row, column, shift", "row, column, shift"),
+    "bias": (flora.RescaleConfig(rows=False, columns=False), "shift", "shift"),
+    "block": (flora.StructuredAdapterConfig(norm_after=True), "circulant", "circulant"),
+    "kronecker block": (flora.StructuredAdapterConfig(kind="kronecker", rank=4), "A 4×4", "A 4×4"),
+    "ldr block": (flora.StructuredAdapterConfig(kind="ldr"), "2 terms", "2 terms"),
+}
+
+
+@pytest.mark.parametrize(("config", "of_conv", "of_fc"), VARIED.values(), ids=list(VARIED))
+def test_inspect_shows_every_method(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, config: flora.DeltaConfig, of_conv: str, of_fc: str
+) -> None:
+    model = trained(Varied(), config, tmp_path / "adapter")
+    status, out, err = run(capsys, "inspect", tmp_path / "adapter")
+    assert status == 0, err
+    head, *lines = out.splitlines()[2:]
+    rows = {line.split()[0]: line for line in lines}
+    end = head.index("size") + len("size")
+    for name, size in (("conv", of_conv), ("fc", of_fc)):
+        assert rows[name][:end].endswith(f" {size}")
+        layer = getattr(model, name)
+        delta = layer.deltas["default"]
+        count = sum(p.numel() for p in delta.parameters())
+        scale, parameters, *norms = rows[name][end:].split()
+        assert (float(scale), int(parameters)) == (delta.scale, count)
+        if isinstance(config, flora.RescaleConfig | flora.StructuredAdapterConfig):
+            assert norms == []
+        else:
+            assert float(norms[-1]) == pytest.approx(
+                delta.delta_weight(layer.base_layer.weight).norm().item(), rel=0.01
+            )
+            assert (len(norms) == 2) == (getattr(delta, "core", None) is not None)
+    assert ("norm" in rows) == isinstance(config, flora.RescaleConfig)
+    assert lines[-1].startswith(f"{flora.summary(model).adapter_parameters:,} parameters, ")
+
+
+def test_inspect_of_a_block_around_other_deltas(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.add_module("part", nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)))
+    model.add_module("head", nn.Linear(4, 2))
+    configs = {"part": flora.StructuredAdapterConfig(), "all": flora.TuckerConfig(rank=2, modules_to_save=["head"])}
+    trained(model, configs, tmp_path / "adapter")
+    status, out, err = run(capsys, "inspect", tmp_path / "adapter")
+    assert status == 0, err
+    counts = {line.split()[0]: line.split()[4] for line in out.splitlines() if line.startswith("part")}
+    assert counts == {"part": "12", "part.0": str(4 + 12 + 8), "part.1": str(4 + 8 + 12)}
+
+
+def test_inspect_builds_no_update_of_a_great_size(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+    trained(model, {"0": flora.CirculantConfig(), "1": flora.LoRAConfig(rank=2)}, tmp_path / "adapter")
+    monkeypatch.setattr("flora.cli._MOST_ENTRIES", 6 * 4 - 1)
+    status, out, _ = run(capsys, "inspect", tmp_path / "adapter")
+    assert status == 0
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line[:2] in ("0 ", "1 ")}
+    assert rows["0"][-1] == "12"  # the parameters: no norm after them
+    expected = model[1].deltas["default"].delta_weight(model[1].base_layer.weight).norm().item()
+    assert float(rows["1"][-1]) == pytest.approx(expected, rel=0.01)
+
+
+def test_inspect_names_the_module_whose_tensors_do_not_fit(capsys: pytest.CaptureFixture[str], adapter: Path) -> None:
+    file = adapter / "adapter_config.json"
+    text = file.read_text()
+    assert text.count('"shape": [24, 16],\n   "ranks"') == 2
+    file.write_text(text.replace('"shape": [24, 16],\n   "ranks"', '"shape": [23, 16],\n   "ranks"', 1))
+    assert "model.layers.0.mlp.up_proj: 'model.layers.0.mlp.up_proj.factors.0' is (24, 4)" in refused(
+        capsys, "inspect", adapter
+    )
 
 
 def test_inspect_refuses_what_is_no_adapter(capsys: pytest.CaptureFixture[str], tmp_path: Path, adapter: Path) -> None:

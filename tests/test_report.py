@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from flora.config import TuckerConfig
+from flora.config import KroneckerConfig, LDRConfig, RescaleConfig, TuckerConfig
 from flora.layers import wrap
 from flora.model import adapt, merge, set_adapter
 from flora.report import summary
@@ -69,6 +69,15 @@ def test_the_printed_report(model):
     assert "tied: out.weight with embed.weight; merging unties it" in text
     total, share = summary(model).trainable_parameters, summary(model).share
     assert f"trainable: {total:,} parameters, {100 * share:.3g} % of the model's" in text
+
+
+def test_sizes_are_told_in_the_method_s_own_terms():
+    configs = {"0": LDRConfig(terms=3), "1": KroneckerConfig(rank=4), "2": RescaleConfig(columns=False)}
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4), nn.Linear(4, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    adapt(model, configs | {"all": TuckerConfig(rank=1, modules_to_save=["4"])})
+    report = summary(model)
+    assert [row.size for row in report.layers] == ["3 terms", "A 4×3", "row, shift", "1×1", ""]
+    assert "row, shift" in str(report)
 
 
 def test_many_layers_left_alone_share_a_line():

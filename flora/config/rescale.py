@@ -19,7 +19,7 @@ class RescaleConfig(DeltaConfig):
         columns: a factor for each column, (d_in/groups,), the same for every place of a kernel.
         bias: a shift of the output, (d_out,), which starts at 0. A layer without a bias gets one when it is merged.
         init: "identity": row = 0 (columns alone: column = 0), so that W' = W at the start; "reference": the authors',
-            row and column kaiming_uniform with a = √5.
+            row and column kaiming_uniform with a = 0, U(-b, b) with b = √(6/fan_in): √6 and √(6·groups/d_in).
 
     Rows alone are SSF's and the Hadamard adapter's rescaling, columns alone IA³'s. ``target_modules="all"`` means
     normalisation layers, too: there ``row`` has the shape of the weight (authors: ~ N(0, 0.02²)), there is no

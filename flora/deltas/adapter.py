@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from flora import functional
 from flora.config.adapter import ACTIVATIONS, StructuredAdapterConfig
 from flora.deltas.base import OutputDelta, Site, all_zero
-from flora.deltas.structured import TOEPLITZ_STD, periodic, symmetric
+from flora.deltas.structured import TOEPLITZ_STD, block_of, periodic, symmetric, terms_of
 from flora.forms import KroneckerForm, Parts, ToeplitzForm
 from flora.ops import LINEAR
 
@@ -49,6 +49,13 @@ class StructuredAdapterDelta(OutputDelta, config=StructuredAdapterConfig):
     def stuck(self) -> str | None:
         factors = (self.circulant, self.skew) if self.config.kind == "ldr" else (self.a, self.b)
         return "both factors of its matrix are zero" if self.bias is None and all_zero(*factors) else None
+
+    @property
+    def size(self) -> str:
+        kind = self.config.kind
+        if kind == "kronecker":
+            return f"{kind}, {block_of(self.a)}"
+        return f"{kind}, {terms_of(self.skew)}" if kind == "ldr" else kind
 
     def matrix(self) -> Parts:
         """M (n, n), as `flora.functional` takes it."""

@@ -97,6 +97,11 @@ class Delta(nn.Module):
         return None
 
     @property
+    def size(self) -> str:
+        """What it was chosen to consist of, for reports: ranks, terms, a block's shape, or its parameters' names."""
+        return ", ".join(name for name, _ in self.named_parameters())
+
+    @property
     def factor(self) -> float:
         """What the update is multiplied by: scale times strength."""
         return self.scale * self.strength
@@ -135,6 +140,9 @@ class WeightDelta(Delta):
     A subclass holds its parameters and says what ΔW is: by `unscaled_weight`, in plain PyTorch, or by `parts`, with a
     form of `flora.forms` that has kernels. Nothing else is needed: forward, merging, files and reports follow from it.
     """
+
+    of_weight: ClassVar[bool] = False
+    """Whether ΔW is made of W and cannot be had without it."""
 
     def __init__(self, config: DeltaConfig, site: Site) -> None:
         super().__init__(config, site)

@@ -20,6 +20,8 @@ class RescaleDelta(WeightDelta, config=RescaleConfig):
     ``column``, and a ``shift`` only where the layer has a place for a bias.
     """
 
+    of_weight = True
+
     def __init__(self, config: RescaleConfig, site: Site) -> None:
         super().__init__(config, site)
         self.norm_offset = site.norm_offset

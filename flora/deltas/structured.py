@@ -103,6 +103,10 @@ class LDRDelta(_OnDiagonals, config=LDRConfig):
     def stuck(self) -> str | None:
         return "circulant and skew are zero" if all_zero(self.circulant, self.skew) else None
 
+    @property
+    def size(self) -> str:
+        return terms_of(self.skew)
+
     def parts(self, weight: Tensor | None) -> Parts:
         left, right = periodic(self.circulant, 1), periodic(self.skew, -1)
         return Parts(self.form(), (self.left(left), self.right(right)))
@@ -122,6 +126,10 @@ class KroneckerDelta(WeightDelta, config=KroneckerConfig):
     def stuck(self) -> str | None:
         return "a and b are zero" if all_zero(self.a, self.b) else None
 
+    @property
+    def size(self) -> str:
+        return block_of(self.a)
+
     def parts(self, weight: Tensor | None) -> Parts:
         return Parts(KroneckerForm(self.factor, tuple(self.shape)), (self.a, self.b))
 
@@ -134,6 +142,14 @@ def matrix_shape(site: Site) -> tuple[int, int]:
     if len(site.shape) < 2:
         raise ValueError(f"{site.label}: a structured matrix needs a weight of two modes or more, not {site.shape}")
     return site.shape[0], math.prod(site.shape[1:])
+
+
+def terms_of(vectors: Tensor) -> str:
+    return f"{len(vectors)} {'term' if len(vectors) == 1 else 'terms'}"
+
+
+def block_of(a: Tensor) -> str:
+    return f"A {a.shape[0]}×{a.shape[1]}"
 
 
 def periodic(first_column: Tensor, sign: int) -> Tensor:

@@ -45,6 +45,10 @@ class Factored(WeightDelta):
         return tuple(self.core.shape)
 
     @property
+    def size(self) -> str:
+        return "×".join(map(str, self.ranks))
+
+    @property
     def tucker(self) -> Tucker:
         """The tensors as `flora.functional` takes them."""
         core, *factors = self._tensors()
