@@ -73,7 +73,7 @@ def test_gradients_are_those_of_one_process_on_the_whole_batch(tmp_path):
     ]
     try:
         for process in processes:
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=600)
             assert process.returncode == 0, errors.decode()
     finally:
         for process in processes:

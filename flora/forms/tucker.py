@@ -151,7 +151,7 @@ class Tucker(NamedTuple):
 
     @property
     def form(self) -> TuckerForm:
-        return TuckerForm(self.scale, self.factors[1] is not None)
+        return TuckerForm(self.scale, projects=len(self.factors) < 2 or self.factors[1] is not None)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
