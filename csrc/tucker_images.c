@@ -118,8 +118,8 @@ void flora_convolve(const flora_plan *p, int chunk, const flora_tile *t, void *k
     }
     int64_t first;
     const void *image = h_of(p, chunk, t, &first);
-    correlate(p, t, &p->h_out, image, first, p->h_channel, layer->r_in, at(p, p->taps_a), matrix, matrix_taps, p->core_w,
-              p->out_w, span, k_tile);
+    correlate(p, t, &p->h_out, image, first, p->h_channel, layer->r_in, at(p, p->taps_a), matrix, matrix_taps,
+              p->core_w, p->out_w, span, k_tile);
 }
 
 /* dh (pixels, width) = Σ_tap dk(at tap) · G_tap of the input channels from `channel` on, from dk's image with its
