@@ -151,19 +151,18 @@ static int same_layout(const flora_view *a, const flora_view *b) {
 
 /* The core, contiguous and with its modes in our order, from or to a view (`to`: scaled by s). */
 static void move_core(const problem *p, const flora_view *view, void *core, int to) {
-    const int last = p->order - 1;
-    const int64_t r = p->rank[last], rows = product(p->rank, 0, last), step = view->strides[p->mode[last]];
-    for (int64_t i = 0; i < rows; i++) {
-        int64_t rest = i, offset = 0;
-        for (int m = last - 1; m >= 0; m--) {
-            offset += rest % p->rank[m] * view->strides[p->mode[m]];
-            rest /= p->rank[m];
-        }
-        void *outside = flora_at(view->data, offset, p->kernels->real_size), *inside = reals(p, core, i * r);
+    int64_t stride[FLORA_MAX_ORDER];
+    for (int m = 0; m < p->order; m++)
+        stride[m] = view->strides[p->mode[m]];
+    const flora_pixels elements = flora_pixels_of(p->order, p->rank, stride);
+    const int64_t step = flora_pixel_stride(&elements);
+    for (int64_t i = 0, run; i < elements.count; i += run) {
+        void *outside = flora_at(view->data, flora_pixel_at(&elements, i, &run), p->kernels->real_size);
+        void *inside = reals(p, core, i);
         if (to)
-            p->kernels->sum(outside, 0, step, inside, r, 1, 0, 1, r, p->scale);
+            p->kernels->sum(outside, 0, step, inside, run, 1, 0, 1, run, p->scale);
         else
-            p->kernels->pack(inside, r, outside, 0, step, 1, r, 1.0);
+            p->kernels->pack(inside, run, outside, 0, step, 1, run, 1.0);
     }
 }
 

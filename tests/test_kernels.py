@@ -207,8 +207,8 @@ def factor_gradients(case):
     ]
 
 
-def convolution(case, sizes):
-    """Everything but y, dy and h; gives the shape of y."""
+def convolution(case, sizes, direct=False):
+    """Everything but y, dy and h; gives the shape of y. ``direct``: perhaps, or with r_in=None, without U_in."""
     a = case.arguments
     if sizes:
         batch, groups, c_in, c_out, r_in, r_out, kernel, stride, padding, dilation, mode, extents = sizes
@@ -217,6 +217,7 @@ def convolution(case, sizes):
         batch, groups = case.draw(st.integers(0, 3)), case.draw(st.sampled_from((1, 1, 2, 3)))
         channels = st.sampled_from((1, 2, 3, 5, 8, 17, 33)) if n < 3 else SMALL
         c_in, c_out, r_in, r_out = (case.draw(channels) for _ in range(4))
+        r_in = None if direct and case.flip() else r_in
         kernel, stride, dilation = (case.draw(st.tuples(*[SMALL] * n)) for _ in range(3))
         padding = case.draw(st.tuples(*[st.integers(0, 2)] * (2 * n)))
         mode = case.draw(st.sampled_from(tuple(PADDING_MODES)))
@@ -229,8 +230,9 @@ def convolution(case, sizes):
     a["x"] = case.input(batch, groups * c_in, *extents, dtype=case.dtype)
     of_kernel = [case.input(k, case.draw(SMALL) if case.draw else 2) if case.flip() else None for k in kernel]
     ranks = [k if u is None else u.shape[1] for k, u in zip(kernel, of_kernel, strict=True)]
-    a["core"] = case.input(r_out, r_in, *ranks)
-    a["factors"] = [case.input(groups * c_out, r_out), case.input(c_in, r_in), *of_kernel]
+    a["core"] = case.input(r_out, c_in if r_in is None else r_in, *ranks)
+    u_in = None if r_in is None else case.input(c_in, r_in)
+    a["factors"] = [case.input(groups * c_out, r_out), u_in, *of_kernel]
     a |= {"scale": case.scale(), "stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     a["padding_mode"] = mode
     geometry = zip(extents, kernel, stride, dilation, padding[::2], padding[1::2], strict=True)
@@ -239,23 +241,34 @@ def convolution(case, sizes):
 
 def conv_h(case):
     a = case.arguments
-    projected = reference.conv_project(a["x"].double(), a["factors"][1].double(), a["groups"])
-    return reference.pad_input(projected, a["padding"], a["padding_mode"]).movedim(1, -1)
+    _, u_in, *u_k = (None if u is None else u.double() for u in a["factors"])
+    h = reference.pad_input(reference.conv_project(a["x"].double(), u_in, a["groups"]), a["padding"], a["padding_mode"])
+    if u_in is None:
+        core = reference.reconstruct(a["core"].double(), [None, None, *u_k], 1.0)
+        h = reference.conv_core(h, core, a["stride"], a["dilation"], a["groups"])
+    return h.movedim(1, -1)
 
 
 def conv_forward(case, *sizes):
-    shape = convolution(case, sizes)
+    shape = convolution(case, sizes, direct=True)
     case.arguments["y"] = case.output("y", *shape, dtype=case.dtype, update=True)
     case.arguments["h"] = case.output("h", *conv_h(case).shape) if case.flip() else None
 
 
 def conv_backward(case, *sizes):
-    shape = convolution(case, sizes)
+    shape = convolution(case, sizes, direct=True)
     a = case.arguments
     a["dy"] = case.input(*shape, dtype=case.dtype)
     a["d_core"] = case.output("d_core", *a["core"].shape) if case.flip() else None
     a["d_factors"] = factor_gradients(case)
-    input_gradients(case, conv_h(case), a["d_factors"][1] is None)
+    if a["factors"][1] is not None:
+        input_gradients(case, conv_h(case), a["d_factors"][1] is None)
+        return
+    of_x = any(d is not None for d in (a["d_core"], *a["d_factors"][1:]))
+    like = a["x"]
+    input_gradients(case, conv_h(case), not of_x)
+    if a["dx"] is None:
+        a["x"] = like
 
 
 def weight_gradient(case, *sizes):
@@ -483,14 +496,20 @@ BUILDERS = {
 LARGE_CONV = (3, 1, 37, 41, 9, 11, (3, 3), (1, 2), (1, 0, 1, 2), (1, 1), "zeros", (33, 47))
 LARGE_GROUPS = (2, 3, 19, 21, 8, 6, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), "reflect", (41, 37))
 NARROW_CONV = (2, 1, 3, 2, 4, 5, (1, 2), (1, 1), (0, 0, 0, 0), (1, 1), "zeros", (5, 2))  # lines of one output
+DIRECT_CONV = (3, 1, 37, 41, None, 11, (3, 3), (1, 1), (1, 0, 1, 2), (1, 1), "zeros", (33, 47))
+DIRECT_DEEP = (3, 1, 133, 41, None, 9, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), "zeros", (7, 7))  # dh in two blocks
+DIRECT_GROUPS = (2, 3, 19, 21, None, 6, (3, 2), (1, 2), (1, 1, 1, 1), (2, 1), "reflect", (41, 37))
+DIRECT_LINE = (2, 1, 33, 5, None, 4, (5,), (1,), (2, 2), (1,), "circular", (3001,))  # several windows on one line
+DIRECT_POINTS = (3, 1, 37, 41, None, 11, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), "zeros", (33, 47))
+DIRECT = (DIRECT_CONV, DIRECT_DEEP, DIRECT_GROUPS, DIRECT_LINE, DIRECT_POINTS)
 LARGE_DEPTHWISE = (3, 37, 1, 1, 1, 1, (3, 3), (2, 1), (1, 0, 1, 2), (1, 1), "zeros", (43, 39))
 LARGE_TOEPLITZ = ((403, 1031, 517, None, 2), (211, 301, 1109, 541, 1), (67, 519, 67, 301, 19))  # terms fill vectors
 LARGE = [
     ("drop", (100_003,)),
     *(("tucker_linear_forward", sizes) for sizes in ((2051, 67, 93, 16, 16), (517, 129, 301, 7, 21))),
     *(("tucker_linear_backward", sizes) for sizes in ((2051, 67, 93, 16, 16), (517, 129, 301, 7, 21))),
-    *(("tucker_conv_forward", sizes) for sizes in (LARGE_CONV, LARGE_GROUPS)),
-    *(("tucker_conv_backward", sizes) for sizes in (LARGE_CONV, LARGE_GROUPS, NARROW_CONV)),
+    *(("tucker_conv_forward", sizes) for sizes in (LARGE_CONV, LARGE_GROUPS, *DIRECT)),
+    *(("tucker_conv_backward", sizes) for sizes in (LARGE_CONV, LARGE_GROUPS, NARROW_CONV, *DIRECT)),
     *(("conv_weight_gradient", sizes) for sizes in (LARGE_DEPTHWISE, LARGE_GROUPS)),
     *(("tucker_reconstruct", dims) for dims in ((517, 301), (131, 77, 3, 5))),
     *(("tucker_reconstruct_backward", dims) for dims in ((517, 301), (131, 77, 3, 5))),
@@ -622,11 +641,12 @@ def test_nan_and_infinity_stay(isa, dtype):
     assert y[[0, 2, 4]].isfinite().all()
 
 
+@pytest.mark.parametrize("r_in", [5, None])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_nan_stays_where_it_is(isa, dtype, memory_format):
+def test_nan_stays_where_it_is(isa, dtype, memory_format, r_in):
     """In a layer whose products have remainders everywhere: 33 and 17 channels of ranks 5 and 3."""
     case = Case("tucker_conv_backward", dtype)
-    conv_backward(case, 2, 1, 33, 17, 5, 3, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), "zeros", (13, 11))
+    conv_backward(case, 2, 1, 33, 17, r_in, 3, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), "zeros", (13, 11))
     a = case.arguments
     for name in ("x", "dy", "dx"):
         a[name] = a[name].contiguous(memory_format=memory_format)
@@ -636,10 +656,10 @@ def test_nan_stays_where_it_is(isa, dtype, memory_format):
     expected = torch.zeros(2, 33, 13, 11, dtype=torch.bool)
     expected[1, :, 3:6, 6:9] = True
     assert torch.equal(found["dx"].isnan(), expected)
-    d_u_out, d_u_in = found["d_factors/0"], found["d_factors/1"]
+    d_u_out, of_x = found["d_factors/0"], found["d_factors/1" if r_in else "d_core"]
     assert d_u_out[:16].isfinite().all()  # h is given, so x has no part in it
     assert d_u_out[16].isnan().all()
-    assert d_u_in.isnan().all()
+    assert of_x.isnan().all()
 
 
 @pytest.mark.parametrize("inner", [None, 29], ids=["single", "product"])
@@ -932,4 +952,26 @@ def test_bad_arguments_are_named_and_nothing_is_written(function, name, wrong, e
         getattr(_core, function)(
             *(case.arguments[n] for n in inspect.signature(getattr(reference, function)).parameters)
         )
+    assert all(same_bits(buffer, before[name]) for name, (_, buffer, _) in case.outputs.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"x": None, "dx": None}, "one of x and dx must be given"),
+        ({"x": None}, r"x may be left out only if every gradient but that of factors\[0\] is, and h is given"),
+        ({"h": slice(1)}, r"h must have shape \(2, 13, 11, 3\)"),
+        ({"core": slice(2)}, r"core must have shape \(3, 33, 2, 2\)"),
+        ({"d_factors": [None, torch.zeros(33, 5), None, None]}, r"d_factors\[1\] is given, but factors\[1\] is not"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_without_an_input_factor(changes, match):
+    case = Case("tucker_conv_backward", torch.float32)
+    conv_backward(case, 2, 1, 33, 17, None, 3, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), "zeros", (13, 11))
+    for name, value in changes.items():
+        case.arguments[name] = case.arguments[name][value] if isinstance(value, slice) else value
+    before = {name: buffer.clone() for name, (_, buffer, _) in case.outputs.items()}
+    with pytest.raises(ValueError, match=f"^tucker_conv_backward: .*({match})"):
+        _core.tucker_conv_backward(*(case.arguments[name] for name in NAMES["tucker_conv_backward"]))
     assert all(same_bits(buffer, before[name]) for name, (_, buffer, _) in case.outputs.items())
