@@ -150,8 +150,8 @@ static void reserve_rooms(problem *p, const flora_scratch *room) {
 static const void *load_x(const problem *p, int64_t first, int64_t rows, void *room) {
     const int64_t width = p->n * p->q;
     const void *from = row_of(p, p->x, first);
-    if (p->kernels->act_size == p->kernels->real_size && (p->x->strides[1] == 1 || width == 1) &&
-        (p->x->strides[0] == width || rows == 1))
+    if (width == 0 || (p->kernels->act_size == p->kernels->real_size && (p->x->strides[1] == 1 || width == 1) &&
+                       (p->x->strides[0] == width || rows == 1)))
         return from;
     p->kernels->widen(room, width, from, p->x->strides[0], p->x->strides[1], rows, width);
     return room;

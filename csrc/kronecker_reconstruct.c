@@ -165,7 +165,7 @@ static void sum_chunk(int chunk, void *problem_) {
     const problem *p = problem_;
     const int64_t blocks = (p->p + ROWS - 1) / ROWS, begin = flora_chunk_begin(p->m * blocks, chunk, p->chunks);
     const int64_t end = flora_chunk_begin(p->m * blocks, chunk + 1, p->chunks), columns = p->n * p->q;
-    const int direct = p->kernels->act_size == p->kernels->real_size && (p->out.strides[1] == 1 || columns == 1);
+    const int direct = p->kernels->act_size == p->kernels->real_size && (p->out.strides[1] == 1 || columns <= 1);
     void *lanes = in_room(p, chunk, p->lanes), *room = in_room(p, chunk, p->block);
     memset(in_sums(p, chunk, 0), 0, (size_t)p->sums_size);
     for (int64_t task = begin; task < end; task++) {

@@ -36,7 +36,7 @@ class Output(NamedTuple):
         if not self.certain:
             other, axis = (-1, 1) if axis != -1 and y.ndim == 1 - axis else (1, -1)
             fits = [a for a in (axis, other) if y.shape[a] == self.width] if y.ndim > 3 or axis == 1 else []
-            if len(fits) > 1:
+            if len(fits) > 1 and (axis == -1 or y.ndim == 3):  # of images with a convolution inside, the second
                 raise ValueError(
                     f"the output {tuple(y.shape)} has {self.width} channels on two axes; which is not known"
                 )

@@ -11,7 +11,7 @@ import torch.distributed
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch has no gloo")
 
 SCRIPT = textwrap.dedent("""
-    import sys, torch, flora
+    import os, sys, torch, flora
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
 
@@ -61,6 +61,7 @@ SCRIPT = textwrap.dedent("""
             if name in expected:
                 torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
     torch.distributed.destroy_process_group()
+    os._exit(0)  # past the threads of PyTorch's that may still be at work when an interpreter ends
 """)
 
 

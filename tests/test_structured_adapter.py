@@ -750,3 +750,18 @@ def test_a_budget_chooses_the_size(config, size):
     parameters = 2 * (2 * 3 * 16 + 5 if "terms" in size else 4 * 4 + 4 * 4)
     found = flora.budget(LLAMA.build(), config, parameters)
     assert found == replace(config, **size)
+
+
+def test_a_sequence_as_long_as_it_is_wide_is_not_guessed():
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(8, 8, 1)
+
+        def forward(self, x):
+            return self.conv(x.mT).mT
+
+    model = flora.adapt(nn.Sequential(Turned()), StructuredAdapterConfig(target_modules=["0"]))
+    assert model(torch.randn(2, 5, 8)).shape == (2, 5, 8)
+    with pytest.raises(ValueError, match=r"the output \(2, 8, 8\) has 8 channels on two axes"):
+        model(torch.randn(2, 8, 8))
