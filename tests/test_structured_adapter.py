@@ -761,7 +761,7 @@ def test_a_sequence_as_long_as_it_is_wide_is_not_guessed():
         def forward(self, x):
             return self.conv(x.mT).mT
 
-    model = flora.adapt(nn.Sequential(Turned()), StructuredAdapterConfig(target_modules=["0"]))
+    model = flora.adapt(nn.Sequential(Turned()), Config(target_modules=["0"]))
     assert model(torch.randn(2, 5, 8)).shape == (2, 5, 8)
     with pytest.raises(ValueError, match=r"the output \(2, 8, 8\) has 8 channels on two axes"):
         model(torch.randn(2, 8, 8))
