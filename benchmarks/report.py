@@ -35,7 +35,8 @@ the input and of all that learns, as a ratio to the same step of the frozen laye
 turns; `flora/bench/timing.py` says how, and when a figure is thrown away as noisy. What is above 1 is the overhead.
 The *limit* is what the adapter's own arithmetic would cost at the speed of the machine's matrix product, by the
 cheapest of flora's plans. A dash: the peer does not serve the layer. All have rank 16 (kernel rank 2),
-Kronecker 32; the Tucker peers are the same function. `python -m flora bench` measures your own layers on your own machine.
+Kronecker 32; the Tucker peers are the same function. `python -m flora bench` measures your own layers on your own
+machine.
 """
 
 _SMALL = """Microseconds of a call, lower quartile of samples of many calls each, and the median of their paired
