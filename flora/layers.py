@@ -493,6 +493,8 @@ class AdaptedLayer(nn.Module):
                 for block in blocks:
                     total, shifted = block.merged(total, shifted)
                 total = self._kind.turned(total).to(weight.dtype)
+            if total.data_ptr() == weight.data_ptr():  # where only the bias is updated
+                total = total.clone()
             combined: _Parameters = {self._kind.weight_name: _frozen(total)}
             if shifted is not bias and shifted is not None:
                 combined["bias"] = _frozen(shifted.to(weight.dtype if bias is None else bias.dtype))

@@ -577,3 +577,12 @@ def test_a_budget_counts_norms():
     assert flora.budget(model, Config, 4 + 3 + 4 + 4 + 4 + 4) == Config()
     with pytest.raises(ValueError, match="parameters=22 are fewer than the 23 that it has at least on 3 layers"):
         flora.budget(model, Config, 22)
+
+
+def test_a_merged_weight_is_never_the_frozen_one_itself():
+    layer = flora.wrap(nn.Linear(4, 3), flora.RescaleConfig(rows=False, columns=False))
+    before = layer.base_layer.weight.detach().clone()
+    layer.merge()
+    layer.base_layer.weight.data.add_(1.0)
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, before)
