@@ -140,7 +140,7 @@ def toeplitz_costs(
         fused += (3 + 4 * terms) * transform + 2 * passes
         hybrid += build + (2 + 4 * terms) * transform + passes
         merged += build + product + project
-    return _with_narrow(fused, hybrid, merged, product, grad)
+    return _with_separate(fused, hybrid, merged, product, grad)
 
 
 @lru_cache(maxsize=4096)
@@ -174,8 +174,9 @@ def kronecker_costs(
         fused += 2 * skinny + 2 * passes
         hybrid += build + 2 * skinny + passes
         merged += 3 * build + product
-    return _with_narrow(fused, hybrid, merged, product, grad)
+    return _with_separate(fused, hybrid, merged, product, grad)
 
 
-def _with_narrow(fused: float, hybrid: float, merged: float, product: float, grad: bool) -> dict[str, float]:
+def _with_separate(fused: float, hybrid: float, merged: float, product: float, grad: bool) -> dict[str, float]:
+    """The costs by plan; separate runs the layer's products once more, with s·ΔW."""
     return {"fused": fused, "hybrid": hybrid, "merged": merged, "separate": merged + (2 if grad else 1) * product}

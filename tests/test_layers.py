@@ -90,58 +90,6 @@ CASES = {
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
 
-@pytest.mark.parametrize("plan", ["auto", "fused", "hybrid", "merged"])
-@pytest.mark.parametrize("case", CASES)
-def test_output_and_gradients_are_those_of_the_effective_weight(case, plan):
-    make, shape = CASES[case]
-    torch.manual_seed(0)
-    base = make()
-    layer = wrapped(copy.deepcopy(base), flora.TuckerConfig(rank=3, plan=plan))
-    delta = layer.deltas["default"]
-    x = torch.randn(shape, requires_grad=True)
-    weight = (layer.base_layer.weight + delta.delta_weight(base.weight)).detach().requires_grad_()
-    expected = torch.func.functional_call(base, {"weight": weight}, x)
-    dy = torch.randn_like(expected)
-    dx, dw = torch.autograd.grad(expected, (x, weight), dy)
-
-    y = layer(x)
-    grads = torch.autograd.grad(y, (x, *delta.parameters()), dy)
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(grads[0], dx, rtol=1e-4, atol=1e-4)
-    of_weight = torch.autograd.grad(delta.delta_weight(base.weight), tuple(delta.parameters()), dw)
-    torch.testing.assert_close(grads[1:], of_weight, rtol=1e-4, atol=2e-4)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_first_output_is_the_base_bit_for_bit(case):
-    make, shape = CASES[case]
-    base = make().requires_grad_(False)
-    x = torch.randn(shape)
-    expected = base(x)
-    for plan in ("auto", "fused", "hybrid", "merged"):
-        assert torch.equal(flora.wrap(copy.deepcopy(base), flora.TuckerConfig(rank=3, plan=plan))(x), expected)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_merge_equals_unmerged_and_unmerge_gives_the_base_back(case):
-    make, shape = CASES[case]
-    layer = wrapped(make())
-    x = torch.randn(shape)
-    original = layer.base_layer.weight
-    before, bits = layer(x), original.clone()
-    frozen = layer.base_layer(x)
-    layer.merge()
-    torch.testing.assert_close(layer(x), before, rtol=1e-4, atol=1e-5)
-    layer.enabled = False
-    assert torch.equal(layer(x), frozen)
-    layer.enabled = True
-    layer.unmerge()
-    assert layer.base_layer.weight is original and torch.equal(original, bits)
-    assert torch.equal(layer(x), before)
-
-
 def test_dropout_touches_the_delta_alone_and_only_in_training():
     for module, shape in [
         (nn.Linear(5, 7), (64, 5)),

@@ -236,8 +236,12 @@ def test_merge_equals_unmerged_and_unmerge_gives_the_base_back(config, case):
     x = torch.randn(shape)
     original = layer.base_layer.weight
     before, bits = layer(x), original.clone()
+    frozen = layer.base_layer(x)
     layer.merge()
-    torch.testing.assert_close(layer(x), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer(x), before, rtol=1e-4, atol=1e-5)
+    layer.enabled = False
+    assert torch.equal(layer(x), frozen)
+    layer.enabled = True
     layer.unmerge()
     assert layer.base_layer.weight is original
     assert torch.equal(original, bits)
@@ -290,6 +294,19 @@ def test_copies_compute_the_same(config, copied):
     layer = filled(flora.wrap(nn.Linear(5, 7), config))
     x = torch.randn(3, 5)
     assert torch.equal(copied(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("plan", ["auto", "fused", "hybrid", "merged"])
+def test_nothing_of_the_weights_size_is_kept_for_backward(config, plan):
+    """But x and the weight itself; a method from outside keeps the one tensor that it makes."""
+    layer = filled(flora.wrap(nn.Linear(48, 64), replace(config, plan=plan)))
+    x = torch.randn(16, 48, requires_grad=True)
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        layer(x).sum().backward()
+    kept.pop(layer.base_layer.weight.data_ptr(), None)
+    large = [t for t in kept.values() if t.numel() >= 48 * 64]
+    assert len(large) == isinstance(config, DiagonalConfig) * len(large)
 
 
 # In models ---------------------------------------------------------------------------------------------------------

@@ -80,3 +80,30 @@ def test_hybrid_gives_way_to_the_plan_that_keeps_no_x():
     costs = plan_costs(*delta.tucker.form.plan_call(op, x, base.weight, delta.tucker.tensors, True))
     assert costs["hybrid"] < costs["merged"] < costs["fused"]
     assert delta.plan(op, x, base.weight) == "fused"
+
+
+def picked(config, base, rows, dtype=torch.float32):
+    """What "auto" takes for so many rows (or images of 8 × 8) in training."""
+    delta = flora.wrap(base.to(dtype), config).deltas["default"]
+    shape = (rows, base.weight.shape[1]) if base.weight.ndim == 2 else (rows, base.weight.shape[1], 8, 8)
+    op = flora.kinds.kind_of(base).op(base)
+    return delta.plan(op, torch.empty(shape, dtype=dtype), base.weight)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [flora.CirculantConfig(), flora.ToeplitzConfig(), flora.LDRConfig(), flora.KroneckerConfig(rank=8)],
+    ids=lambda config: config.method,
+)
+def test_structured_matrices_are_applied_to_few_rows_and_built_for_many(config):
+    base = nn.Linear(256, 256)
+    assert picked(config, base, 1) == "fused"
+    assert picked(config, base, 100_000) == "hybrid"
+    assert picked(config, nn.Conv2d(16, 16, 3), 4) == "merged"
+    assert picked(config, nn.Linear(256, 256), 1, torch.bfloat16) == "fused"
+
+
+def test_a_rescaled_weights_gradient_is_formed_only_where_it_has_to_be():
+    assert picked(flora.RescaleConfig(), nn.Linear(64, 32), 100) == "hybrid"
+    assert picked(flora.RescaleConfig(), nn.Conv2d(4, 4, 3), 2) == "merged"
+    assert picked(flora.RescaleConfig(), nn.Linear(64, 32), 100, torch.bfloat16) == "merged"

@@ -1,4 +1,4 @@
-"""SURM's adapter: a square structured matrix, an activation and a bias after a module (arXiv 2406.17740, section 4)."""
+"""SURM's adapter: a square structured matrix, an activation and a bias after a module (arXiv 2406.17740)."""
 
 from __future__ import annotations
 

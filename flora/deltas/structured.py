@@ -1,4 +1,4 @@
-"""SURM's deltas: circulant, Toeplitz, low displacement rank and Kronecker matrices (arXiv 2406.17740, section 3).
+"""SURM's deltas: circulant, Toeplitz, low displacement rank and Kronecker matrices (arXiv 2406.17740).
 
 All but the last are sums of products of Toeplitz matrices; what differs is how their parameters lie on the diagonals,
 -(n - 1) to n - 1 from the upper right corner to the lower left, n = max(d_out, d_in).

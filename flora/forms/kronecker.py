@@ -1,4 +1,4 @@
-"""The Kronecker form: ΔW = B ⊗ A, applied as two small products. Source: SURM, arXiv 2406.17740, section 3."""
+"""The Kronecker form: ΔW = B ⊗ A, applied as two small products. Source: SURM, arXiv 2406.17740."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RLRR's form: W' = W + s·W ⊙ (row·column). Source: RLRR, arXiv 2403.19067, equation 6."""
+"""RLRR's form: W' = W + s·W ⊙ (row·column). Source: RLRR, arXiv 2403.19067."""
 
 from __future__ import annotations
 

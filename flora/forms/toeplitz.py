@@ -1,7 +1,7 @@
 """The Toeplitz family's form: sums of products of Toeplitz matrices, of which circulant and skew-circulant are cases.
 
 A Toeplitz matrix (rows, columns) is given by its diagonals t (rows + columns - 1,): T[i, j] = t[i - j + columns - 1].
-Products with it are convolutions. Source: SURM, arXiv 2406.17740, section 3, and docs/methods.md.
+Products with it are convolutions. Source: SURM, arXiv 2406.17740, and docs/methods.md.
 """
 
 from __future__ import annotations

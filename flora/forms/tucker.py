@@ -74,7 +74,7 @@ class TuckerForm(Form):
             core, *factors = _explicit(tensors)
             d_core, *d_factors = _explicit(outs) if tensors[0] is None else outs
             _core.tucker_reconstruct_backward(d_core, d_factors, dw, core, factors, self.scale)
-        return tuple(outs)
+        return outs
 
     # Through the factors --------------------------------------------------------------------------------------------
 
@@ -119,7 +119,7 @@ class TuckerForm(Form):
             d_core, d_u_out, d_u_in = outs
             dx, x = None if dx is None else rows(dx), None if x is None else rows(x)
             _core.tucker_linear_backward(dx, d_u_in, d_core, d_u_out, rows(dy), x, h, u_in, core, u_out, self.scale)
-        return tuple(outs)
+        return outs
 
     # Which plan -----------------------------------------------------------------------------------------------------
 
