@@ -13,12 +13,15 @@ SOURCES := $(shell find csrc -name '*.[ch]') setup.py pyproject.toml
 SANITIZED_TESTS := $(wildcard $(addprefix tests/test_,kernels.py boundary.py functional.py golden.py layers.py))
 
 .DEFAULT_GOAL := build
-.PHONY: build test lint format demo bench sanitize clean
+.PHONY: build test test-slow lint format demo bench sanitize clean
 
 build: $(BUILT)  ## the extension, in place, with warnings as errors
 
 test: $(BUILT)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(BUILT)  ## what `make test` runs in a short form
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
