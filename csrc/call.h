@@ -64,6 +64,7 @@ PyObject *call_finish(call *c, flora_status status);
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, name##_doc}
 
 /* The functions of each family, ended by an empty entry. */
-extern PyMethodDef flora_tucker_methods[], flora_toeplitz_methods[], flora_kronecker_methods[], flora_rescale_methods[];
+extern PyMethodDef flora_tucker_methods[], flora_toeplitz_methods[], flora_kronecker_methods[], flora_rescale_methods[],
+    flora_product_methods[];
 
 #endif

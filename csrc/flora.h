@@ -174,6 +174,10 @@ flora_status flora_rescale_linear_backward(const flora_view *d_row, const flora_
                                            const flora_view *x, const flora_view *weight, const flora_view *row,
                                            const flora_view *column, double scale, char error[FLORA_ERROR_SIZE]);
 
+/* out (m, n) = a (m, k) · b (k, n), all of one compute type; out has unit stride along n. */
+flora_status flora_multiply(const flora_view *out, const flora_view *a, const flora_view *b,
+                            char error[FLORA_ERROR_SIZE]);
+
 /* out (n), unit stride: sets every element to zero with this probability; which ones depends on the seed alone. */
 flora_status flora_drop(const flora_view *out, double probability, uint64_t seed, char error[FLORA_ERROR_SIZE]);
 

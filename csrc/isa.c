@@ -60,6 +60,17 @@ static int may_use_tiles(void) {
 #    endif
 }
 
+/* AMD's family 0x1a is Zen 5; Zen 4 takes two steps for a vector of 512 bits. */
+static int has_full_width(void) {
+    unsigned a, b, c, d, family;
+    if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx || c != signature_AMD_ecx || d != signature_AMD_edx)
+        return 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d))
+        return 0;
+    family = a >> 8 & 0xf;
+    return has_v4() && (family == 0xf ? family + (a >> 20 & 0xff) : family) >= 0x1a;
+}
+
 static int has_amx(void) {
     static atomic_int known; /* 0: not yet; 1: no; 2: yes */
     if (atomic_load(&known) == 0)
@@ -148,6 +159,14 @@ int flora_isa_set(const char *name) {
             return 0;
         }
     return -1;
+}
+
+int flora_isa_outruns_mkl(void) {
+#if defined(__x86_64__)
+    return has_full_width() && LEVELS[atomic_load(&current)].kernels == flora_kernels_v4;
+#else
+    return 0;
+#endif
 }
 
 const flora_kernels *flora_isa_kernels(flora_dtype dtype) {

@@ -21,6 +21,10 @@ int flora_isa_available(const char *names[], int max);
 /* Uses another level from the next call on (for tests). Returns 0, or -1 if the CPU lacks it or there is none. */
 int flora_isa_set(const char *name);
 
+/* Whether MKL, which most builds of PyTorch multiply by, is known to use half of this CPU's vector width at most, and
+ * the level in use all of it: MKL keeps to 256 bits on CPUs of AMD, which compute on 512 from Zen 5 on. */
+int flora_isa_outruns_mkl(void);
+
 /* The table of the level in use for one activation type. */
 const flora_kernels *flora_isa_kernels(flora_dtype dtype);
 

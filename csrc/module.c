@@ -35,7 +35,8 @@ PyDoc_STRVAR(
     "info($module, /)\n--\n\n"
     "How the kernels run here: isa (str, the instruction set in use), isa_available (list of str, those that\n"
     "this CPU and build have), threads (int), pool (str, whose threads they are), exchange_api (bool, whether\n"
-    "torch tensors are borrowed through the DLPack C exchange API; False until torch is imported).");
+    "torch tensors are borrowed through the DLPack C exchange API; False until torch is imported), outruns_mkl\n"
+    "(bool, whether multiply is known to be faster than Intel's MKL on this CPU).");
 
 static PyObject *info(PyObject *module, PyObject *unused) {
     (void)unused;
@@ -44,8 +45,9 @@ static PyObject *info(PyObject *module, PyObject *unused) {
     if (names == NULL) {
         return NULL;
     }
-    return Py_BuildValue("{s:s,s:N,s:i,s:s,s:O}", "isa", flora_isa_name(), "isa_available", names, "threads",
-                         flora_num_threads(), "pool", flora_pool_name(), "exchange_api", exchange ? Py_True : Py_False);
+    return Py_BuildValue("{s:s,s:N,s:i,s:s,s:O,s:O}", "isa", flora_isa_name(), "isa_available", names, "threads",
+                         flora_num_threads(), "pool", flora_pool_name(), "exchange_api", exchange ? Py_True : Py_False,
+                         "outruns_mkl", flora_isa_outruns_mkl() ? Py_True : Py_False);
 }
 
 PyDoc_STRVAR(set_isa_doc,
@@ -92,7 +94,7 @@ static int module_exec(PyObject *module) {
     if (flora_boundary_init(boundary) < 0)
         return -1;
     PyMethodDef *const families[] = {flora_tucker_methods, flora_toeplitz_methods, flora_kronecker_methods,
-                                     flora_rescale_methods};
+                                     flora_rescale_methods, flora_product_methods};
     for (size_t i = 0; i < sizeof families / sizeof *families; i++)
         if (PyModule_AddFunctions(module, families[i]) < 0)
             return -1;

@@ -5,6 +5,7 @@ Nothing here builds a graph of its own, and nothing knows a parametrisation.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -18,8 +19,26 @@ from flora import _core, reference
 info = _core.info
 """What the extension runs on: kernel level, thread pool, thread count, whether the exchange API is in use."""
 
+OWN_PRODUCTS = (
+    info()["outruns_mkl"] and torch.backends.mkl.is_available() and os.environ.get("FLORA_PRODUCTS") != "torch"
+)
+"""Whether large products of gradients are flora's: where PyTorch multiplies by MKL, on a CPU on which that is slower."""
+
 takes = _core.takes
 """Whether the kernels can work on (x, weight, bias, parameters): plain CPU tensors of dtypes that go together."""
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """a (m, k) @ b (k, n) without a graph: by flora's own kernel where that is known to be the faster one.
+
+    Only gradients are computed so: an adapted layer's output has to start as the frozen one's, bit for bit.
+    """
+    worth_it = OWN_PRODUCTS and a.dtype == b.dtype and a.dtype in (torch.float32, torch.float64) and a.shape[0] >= 8
+    if not worth_it or a.numel() * b.shape[1] < 1e6 or torch.get_float32_matmul_precision() != "highest":
+        return a @ b
+    out = a.new_empty(a.shape[0], b.shape[1])
+    _core.multiply(out, a, b)
+    return out
 
 
 class LinearOp:
@@ -32,12 +51,11 @@ class LinearOp:
         self, dy: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of (x, weight, bias), each None unless ``needs`` it."""
-        # A matmul of a strided batch may copy the weight for every image in it.
-        dx = (dy if dy.ndim == 2 else dy.contiguous()) @ weight if needs[0] else None
-        if not (needs[1] or needs[2]):
-            return dx, None, None
-        rows = dy.reshape(-1, dy.shape[-1])
-        dw = rows.mT @ x.reshape(-1, x.shape[-1]) if needs[1] else None
+        if not any(needs):
+            return None, None, None
+        rows = dy if dy.ndim == 2 else dy.reshape(-1, dy.shape[-1])  # a matmul of a batch may copy the weight for each
+        dx = multiply(rows, weight).view(*dy.shape[:-1], weight.shape[1]) if needs[0] else None
+        dw = multiply(rows.mT, x.reshape(-1, x.shape[-1])) if needs[1] else None
         return dx, dw, rows.sum(0) if needs[2] else None
 
     def writable(self, y: Tensor) -> Tensor:

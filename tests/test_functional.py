@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flora
-from flora import functional
+from flora import _core, functional, ops
 from flora.forms import Tucker
-from flora.ops import LINEAR, ConvOp, dropout_factor
+from flora.ops import ADDMM, LINEAR, ConvOp, dropout_factor
 
 PLANS = ("fused", "hybrid", "merged")
 
@@ -583,3 +584,34 @@ def test_dropout_keeps_the_expected_share_and_scale():
     assert set(factor.tolist()) == {0.0, factor.max().item()} and factor.max() == torch.tensor(1 / 0.7)
     assert abs((factor == 0).double().mean() - 0.3) < 5 * (0.21 / 200_000) ** 0.5
     assert not torch.equal(factor, dropout_factor(x, 0.3, 8))
+
+
+@pytest.mark.parametrize("op", [LINEAR, ADDMM], ids=["linear", "addmm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_own_products_of_gradients(monkeypatch, op, dtype):
+    """Where flora multiplies itself, gradients are those of PyTorch's products, and large ones alone are."""
+    sizes = []
+    kernel = _core.multiply
+
+    def multiply(out, a, b):
+        sizes.append((*a.shape, b.shape[1]))
+        kernel(out, a, b)
+
+    monkeypatch.setattr(ops, "OWN_PRODUCTS", True)
+    monkeypatch.setattr(ops, "_core", SimpleNamespace(multiply=multiply))
+    torch.manual_seed(0)
+    weight = torch.randn(70, 130, dtype=dtype)
+    for batch, expected in ((4, 0), (60, 2)):
+        x = torch.randn(batch, 5, 130, dtype=dtype)
+        dy = torch.randn(batch, 70, 5, dtype=dtype).mT
+        dx, dw, db = op.base_backward(dy, x, weight, (True, True, True))
+        torch.testing.assert_close(dx, dy @ weight)
+        torch.testing.assert_close(dw, torch.einsum("bri,brj->ij", dy, x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(db, dy.sum((0, 1)))
+        assert len(sizes) == expected
+    torch.set_float32_matmul_precision("medium")  # PyTorch may round there, and is faster than any float32
+    try:
+        op.base_backward(dy, x, weight, (True, False, False))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(sizes) == expected

@@ -470,8 +470,18 @@ def drop(case, n=None):
     case.arguments |= {"out": case.outputs["out"][0], "probability": probability, "seed": seed}
 
 
+def multiply(case, *sizes):
+    m, k, n = sizes or [case.draw(DIMS) for _ in range(3)]
+    case.arguments |= {
+        "out": case.output("out", m, n),
+        "a": case.input(m, k),
+        "b": case.input(k, n),
+    }
+
+
 BUILDERS = {
     "drop": drop,
+    "multiply": multiply,
     "tucker_linear_forward": linear_forward,
     "tucker_linear_backward": linear_backward,
     "tucker_conv_forward": conv_forward,
@@ -506,6 +516,7 @@ LARGE_DEPTHWISE = (3, 37, 1, 1, 1, 1, (3, 3), (2, 1), (1, 0, 1, 2), (1, 1), "zer
 LARGE_TOEPLITZ = ((403, 1031, 517, None, 2), (211, 301, 1109, 541, 1), (67, 519, 67, 301, 19))  # terms fill vectors
 LARGE = [
     ("drop", (100_003,)),
+    *(("multiply", sizes) for sizes in ((517, 301, 421), (17, 1031, 293))),
     *(("tucker_linear_forward", sizes) for sizes in ((2051, 67, 93, 16, 16), (517, 129, 301, 7, 21))),
     *(("tucker_linear_backward", sizes) for sizes in ((2051, 67, 93, 16, 16), (517, 129, 301, 7, 21))),
     *(("tucker_conv_forward", sizes) for sizes in (LARGE_CONV, LARGE_GROUPS, *DIRECT)),
@@ -926,8 +937,16 @@ BAD = [
     ("rescale_linear_backward", "weight", lambda a: a["weight"][0], ValueError, "weight must have 2 dimensions"),
     ("rescale_linear_backward", "column", lambda a: None, ValueError, "d_column is given, but column is not"),
     ("rescale_linear_backward", "d_row", lambda a: a["row"], ValueError, "output d_row and the input row share"),
+    ("multiply", "out", lambda a: a["out"].mT, ValueError, r"out must have shape \(5, 9\), not \(9, 5\)"),
+    ("multiply", "out", lambda a: torch.empty(5, 18)[:, ::2], ValueError, "out must have unit stride .*not 2"),
+    ("multiply", "out", lambda a: a["out"].bfloat16(), TypeError, "must be float32, not bfloat16"),
+    ("multiply", "a", lambda a: a["a"][0], ValueError, r"a must have 2 dimensions, not shape \(7,\)"),
+    ("multiply", "b", lambda a: a["b"][1:], ValueError, r"b must have shape \(7, 9\), not \(6, 9\)"),
+    ("multiply", "b", lambda a: a["b"].double(), TypeError, "b must be float32, not float64"),
+    ("multiply", "out", lambda a: a["b"][:5], ValueError, "output out and the input b share memory"),
 ]
 BAD_SIZES = {
+    "multiply": (5, 7, 9),
     "toeplitz_reconstruct": (3, 4, 5, 2),
     "toeplitz": (5, 3, 4, 5, 2),
     "kronecker_reconstruct": (3, 7, 5, 2),

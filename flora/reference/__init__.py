@@ -15,6 +15,7 @@ from flora.reference.kronecker import (
     kronecker_reconstruct_backward,
     kronecker_update,
 )
+from flora.reference.product import multiply
 from flora.reference.rescale import rescale_backward, rescale_delta, rescale_linear_backward, rescale_reconstruct
 from flora.reference.toeplitz import (
     toeplitz,
@@ -57,6 +58,7 @@ __all__ = [
     "kronecker_update",
     "linear_update",
     "mode_product",
+    "multiply",
     "pad_input",
     "reconstruct",
     "rescale_backward",
