@@ -181,5 +181,5 @@ def _machine(about: Mapping[str, Any]) -> str:
     return (
         f"{about['cpu']}, {about['cpus']} CPUs, {about['threads']} threads, bfloat16 {about['bfloat16']}, "
         f"{about['system']}, Python {about['python']}, torch {about['torch']}, flora {about['flora']} "
-        f"(kernels {core.get('isa')}), {packages}"
+        f"(kernels {core.get('isa')}{', own products of gradients' if core.get('own_products') else ''}), {packages}"
     )

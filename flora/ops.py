@@ -22,7 +22,7 @@ info = _core.info
 OWN_PRODUCTS = (
     info()["outruns_mkl"] and torch.backends.mkl.is_available() and os.environ.get("FLORA_PRODUCTS") != "torch"
 )
-"""Whether large products of gradients are flora's: where PyTorch multiplies by MKL, on a CPU on which that is slower."""
+"""Whether large products of gradients are flora's: where PyTorch multiplies by MKL, on a CPU on which MKL is slower."""
 
 takes = _core.takes
 """Whether the kernels can work on (x, weight, bias, parameters): plain CPU tensors of dtypes that go together."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import flora
-from flora import functional
+from flora import functional, ops
 
 PACKAGES = ("peft", "lycoris-lora", "tensorly-torch", "transformers")
 MATRIX = 1024  # extent of the matrices whose product is the yardstick
@@ -36,7 +36,8 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "flora": flora.__version__,
-        "core": {name: value for name, value in functional.info().items() if name != "threads"},
+        "core": {name: value for name, value in functional.info().items() if name != "threads"}
+        | {"own_products": ops.OWN_PRODUCTS},
         "packages": {name: _version(name) for name in PACKAGES},
     }
 
