@@ -20,7 +20,9 @@ info = _core.info
 """What the extension runs on: kernel level, thread pool, thread count, whether the exchange API is in use."""
 
 OWN_PRODUCTS = (
-    info()["outruns_mkl"] and torch.backends.mkl.is_available() and os.environ.get("FLORA_PRODUCTS") != "torch"
+    info()["outruns_mkl"]
+    and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    and os.environ.get("FLORA_PRODUCTS") != "torch"
 )
 """Whether large products of gradients are flora's: where PyTorch multiplies by MKL, on a CPU on which MKL is slower."""
 
