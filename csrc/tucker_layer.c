@@ -358,6 +358,8 @@ flora_status flora_layer_forward(const flora_layer *layer, char *error) {
     flora_plan p = {.chunks = 1};
     if (layer->batch == 0 || layer->r_in == 0)
         return FLORA_OK;
+    if (flora_layer_is_few(layer))
+        return flora_few_forward(layer, error);
     const size_t real = layer->kernels->real_size;
     const int projects = layer->u_in != NULL;
     flora_plan_common(&p, layer, layer->y.planes, !layer->pointwise && projects);
@@ -386,6 +388,8 @@ flora_status flora_layer_forward(const flora_layer *layer, char *error) {
 }
 
 flora_status flora_layer_backward(const flora_layer *layer, char *error) {
+    if (flora_layer_is_few(layer))
+        return flora_few_backward(layer, error);
     flora_plan p = {.chunks = 1};
     const size_t real = layer->kernels->real_size;
     const int needs_h = layer->d_u_out != NULL || layer->d_core != NULL;

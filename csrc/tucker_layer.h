@@ -42,6 +42,13 @@ flora_field flora_field_of(const flora_view *view, int rows);
 /* Sets `planes` of an output, or fails if neither channels nor pixels have unit stride. */
 flora_status flora_expect_writable(flora_field *field, const flora_view *view, const char *name, char *error);
 
+/* Whether it is a Linear on so few rows, with factors of unit stride, that they are used where they lie. */
+int flora_layer_is_few(const flora_layer *layer);
+
+/* The same calls for such a layer: tucker_few.c. */
+flora_status flora_few_forward(const flora_layer *layer, char *error);
+flora_status flora_few_backward(const flora_layer *layer, char *error);
+
 flora_status flora_layer_forward(const flora_layer *layer, char *error);
 
 flora_status flora_layer_backward(const flora_layer *layer, char *error);

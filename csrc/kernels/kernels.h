@@ -73,6 +73,15 @@ typedef struct {
     void *along_sums, *across_sums;
 } flora_rescale_sums;
 
+/* Products of a factor (n, rank), lines of unit stride, and few rows of it: see few.inc.h. All real. Wide (rows, n) and
+ * narrow (rows, rank) are scratch up to the next multiple of the vector width; narrow is zero or written there. */
+typedef struct {
+    int64_t rows, n, rank;
+    void *wide, *narrow, *factor;
+    int64_t wide_m, narrow_m, factor_n;
+    double scale;
+} flora_few;
+
 typedef struct {
     size_t act_size, real_size; /* bytes */
     int64_t lanes;              /* reals in a vector: rows of packed matrices are padded to a multiple of it */
@@ -105,6 +114,11 @@ typedef struct {
     void (*rescale)(void *out, int64_t out_step, const void *weight, int64_t weight_step, const void *along,
                     double factor, int64_t n);
     void (*rescale_sums)(const flora_rescale_sums *sums);
+
+    /* narrow = scale · wide · factor;  wide = scale · narrow · factorᵀ;  factor = scale · wideᵀ · narrow */
+    void (*few_project)(const flora_few *f);
+    void (*few_expand)(const flora_few *f);
+    void (*few_outer)(const flora_few *f);
 
     void (*slide)(const flora_slide *s);
     const flora_spectra *spectra; /* of the compute type */
