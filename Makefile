@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc -name '*.[ch]') setup.py pyproject.toml
 SANITIZED_TESTS := $(wildcard $(addprefix tests/test_,kernels.py boundary.py functional.py golden.py layers.py))
 
 .DEFAULT_GOAL := build
-.PHONY: build test test-slow lint format demo bench sanitize clean
+.PHONY: build test test-slow lint format docs demo bench sanitize clean
 
 build: $(BUILT)  ## the extension, in place, with warnings as errors
 
@@ -33,6 +33,9 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	find csrc -name '*.[ch]' | xargs $(BIN)/clang-format -i
+
+docs: $(INSTALLED)  ## the site, in build/site, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 demo: $(BUILT)
 	$(BIN)/python -m flora finetune --output runs/demo $(ARGS)

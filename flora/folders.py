@@ -34,6 +34,16 @@ def replace_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
         shutil.rmtree(new, ignore_errors=True)  # after an exchange it holds the old adapter
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Make a file hold exactly this. At every moment it is the old one or the new one, whole."""
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.flora-new")
+    try:
+        new.write_bytes(data)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
 def _put_in_place(new: Path, folder: Path) -> None:
     if not folder.exists():
         os.rename(new, folder)

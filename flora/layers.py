@@ -50,6 +50,8 @@ __all__ = ["AdaptedLayer", "alone", "check_adapter_name", "is_adaptable", "refus
 class AdaptedLayer(nn.Module):
     """A frozen layer and its deltas; takes the layer's place in a model and answers its attributes.
 
+    Raises TypeError, naming the module, for a lazy one that has no weight yet. Whether a delta fits, `add_delta` says.
+
     Parameters
     ----------
     base_layer
@@ -75,8 +77,6 @@ class AdaptedLayer(nn.Module):
     weight
         the *effective* weight W + s·ΔW in the base's dtype and orientation, differentiable (``in_proj_weight`` on an
         attention), since some modules read it instead of calling the layer. `base_layer.weight` is the frozen one.
-
-    Raises TypeError, naming the module, for a lazy one that has no weight yet. Whether a delta fits, `add_delta` says.
     """
 
     base_layer: nn.Module

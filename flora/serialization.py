@@ -35,6 +35,7 @@ from flora.targets import Configs, by_pattern, inside, places, select_named
 FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
 FORMATS = ("flora", "peft")
 
 _CONFIG_BYTES = 64 << 20  # far above what the largest models need
@@ -108,7 +109,8 @@ def save_adapter(
 
     Args:
         model: may be merged: the adapter is written all the same.
-        directory: does not exist, is empty or holds an adapter; nothing else is ever replaced.
+        directory: does not exist, is empty or holds an adapter; nothing else is ever replaced. A model card beside the
+            adapter, README.md, is kept.
         name: the adapter to write at ``directory`` itself, or a list of them, each written to ``directory/<name>``.
         hashes: also write a hash of every tensor of the base, so that loading checks the values, not only the shapes.
         format: "flora", or "peft" for a LoRA adapter that Hugging Face PEFT loads with the same outputs. Any delta that
@@ -145,7 +147,8 @@ def save_adapter(
         for one in names
     }
     for one, folder in folders.items():
-        replace_folder(folder, contents[one])
+        card = folder / CARD_FILE
+        replace_folder(folder, contents[one] | ({CARD_FILE: card.read_bytes()} if card.is_file() else {}))
 
 
 def _contents(model: nn.Module, name: str, adapter: Adapter, hashes: bool) -> dict[str, bytes]:
@@ -208,7 +211,7 @@ def check_replaceable(folder: Path, format: str = "flora") -> None:
     if not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; an adapter needs a folder")
     there = sorted(os.listdir(folder))
-    foreign = [entry for entry in there if entry not in (CONFIG_FILE, TENSORS_FILE)]
+    foreign = [entry for entry in there if entry not in (CONFIG_FILE, TENSORS_FILE, CARD_FILE)]
     if foreign:
         raise FileExistsError(f"{folder} holds {', '.join(foreign[:5])}; only an adapter folder is replaced")
     if there:
@@ -572,13 +575,12 @@ def filler(
                 raise ValueError(f"{where}: {key!r} is {tuple(given.shape)}, the model needs {tuple(own.shape)}")
             if given.is_floating_point() != own.is_floating_point() or given.is_complex() != own.is_complex():
                 raise ValueError(f"{where}: {key!r} is of {given.dtype}, the model needs {own.dtype}")
+        for where, part in (*deltas.items(), *copies.items()):
+            _check_finite(where, {key: tensors[f"{where}.{key}"] for key, _ in part.named_parameters()})
         for where, delta in deltas.items():
-            values = {key: tensors[f"{where}.{key}"] for key in delta.tensors()}
-            _check_finite(where, values)
-            delta.load_tensors(values)
+            delta.load_tensors({key: tensors[f"{where}.{key}"] for key in delta.tensors()})
             delta.scale = scales[where]
         for where, module in copies.items():
-            _check_finite(where, {key: tensors[f"{where}.{key}"] for key, _ in module.named_parameters()})
             module.load_state_dict({key: tensors[f"{where}.{key}"] for key in module.state_dict()})
 
     return fill

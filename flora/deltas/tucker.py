@@ -81,18 +81,18 @@ class Factored(WeightDelta):
 class TuckerDelta(Factored, config=TuckerConfig):
     """A Tucker decomposition with trainable core and factors.
 
+    ``core`` has shape ``ranks``, ``factors[m]`` is (shape[m], ranks[m]). The core starts at zero, so ΔW = 0.
+
+    - "reference": every factor ~ N(0, 1/(2·rank)), kaiming_normal with a = √3, as the authors draw it;
+    - "orthogonal": orthonormal columns;
+    - "hosvd": the leading left singular vectors of the weight's unfolding along each mode.
+
     Parameters
     ----------
     config
         ranks, scale, initialisation, and which parts learn.
     site
         the layer; its weight (d_out, d_in/groups, *k) is needed by ``init="hosvd"`` only.
-
-    ``core`` has shape ``ranks``, ``factors[m]`` is (shape[m], ranks[m]). The core starts at zero, so ΔW = 0.
-
-    - "reference": every factor ~ N(0, 1/(2·rank)), kaiming_normal with a = √3, as the authors draw it;
-    - "orthogonal": orthonormal columns;
-    - "hosvd": the leading left singular vectors of the weight's unfolding along each mode.
     """
 
     config: TuckerConfig

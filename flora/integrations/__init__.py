@@ -1,0 +1,1 @@
+"""flora inside other libraries; each module here needs the library that it is named after."""
