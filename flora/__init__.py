@@ -26,6 +26,7 @@ from flora.layers import AdaptedLayer, wrap
 from flora.model import adapt, add_adapter, delete_adapter, disabled, merge, set_adapter, unload, unmerge
 from flora.report import summary
 from flora.serialization import load_adapter, save_adapter
+from flora.training import ProgressLine, clip_grad_norm_, parameter_groups, trainable_parameters
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "LoRAConfig",
     "LoRAXSConfig",
     "OutputDelta",
+    "ProgressLine",
     "RescaleConfig",
     "StructuredAdapterConfig",
     "ToeplitzConfig",
@@ -53,13 +55,16 @@ __all__ = [
     "adapt",
     "add_adapter",
     "budget",
+    "clip_grad_norm_",
     "delete_adapter",
     "disabled",
     "load_adapter",
     "merge",
+    "parameter_groups",
     "save_adapter",
     "set_adapter",
     "summary",
+    "trainable_parameters",
     "unload",
     "unmerge",
     "wrap",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import secrets
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -16,7 +18,8 @@ def replace_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Make a folder hold exactly these files. At every moment it is the old one or the new one, whole.
 
     It is written aside in the same parent and synced to the disk. Then the two are exchanged in one step, where the
-    system has one; else the old one is moved aside first, and `recover` puts it back if that is cut off.
+    system has one; else the old one is moved aside first, and `recover` puts it back if that is cut off. Processes that
+    replace the same folder at once do so one after another, on file systems that know locks.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.flora-new")
@@ -28,7 +31,8 @@ def replace_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         _sync(new)
-        _put_in_place(new, folder)
+        with _alone(folder.parent):
+            _put_in_place(new, folder)
         _sync(folder.parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)  # after an exchange it holds the old adapter
@@ -84,7 +88,21 @@ def recover(folder: Path) -> None:
     """Put an adapter back that a save had moved aside when it was cut off."""
     old = _moved_aside(folder)
     if not folder.exists() and old.is_dir():
-        os.rename(old, folder)
+        with _alone(folder.parent):
+            if not folder.exists() and old.is_dir():  # no save of another process was between its two renames
+                os.rename(old, folder)
+
+
+@contextmanager
+def _alone(parent: Path) -> Iterator[None]:
+    """Within it no other process that asks for the same is at work in a folder, if its file system knows locks."""
+    handle = os.open(parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _sync(directory: Path) -> None:

@@ -16,6 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from flora.config import DeltaConfig
+from flora.distributed import is_sharded, model_class
 from flora.norms import is_norm, is_stock, offset
 from flora.ops import ADDMM, LINEAR, ConvOp, Op, same_padding
 from flora.outputs import output_of
@@ -189,7 +190,7 @@ def is_opaque(module: nn.Module) -> bool:
         return callable(getattr(module, "weight", None)) or any(
             not t.is_floating_point() and t.ndim > 0 for t in packed
         )
-    return not weight.is_floating_point() or type(weight) is not nn.Parameter
+    return not weight.is_floating_point() or not (type(weight) is nn.Parameter or is_sharded(weight))
 
 
 def kind_of(module: nn.Module) -> Kind:
@@ -304,5 +305,5 @@ def is_product(module: nn.Module) -> bool:
 
 
 def describe(module: nn.Module) -> str:
-    """A layer's class name, for messages; that of a parametrised one without its prefix."""
-    return type(module).__name__.removeprefix("Parametrized")
+    """A layer's class name, for messages; that of a parametrised or sharded one without its prefix."""
+    return model_class(module).__name__.removeprefix("Parametrized")

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from flora import deltas as _deltas
 from flora.config import DeltaConfig
 from flora.deltas import Delta, OutputDelta, Site, WeightDelta
+from flora.distributed import is_sharded
 from flora.effective import effective_weight
 from flora.functional import compute_dtype, exact
 from flora.intercept import Intercept
@@ -461,6 +462,8 @@ class AdaptedLayer(nn.Module):
             return f"its {name} is not a parameter but set anew in each forward (weight_norm or another hook)"
         if parameter.is_meta:
             return f"its {name} is on the meta device"
+        if is_sharded(parameter):
+            return f"its {name} is sharded over processes"
         shifts = any(delta.bias_update(None) is not None for delta in deltas)
         if shifts and not kind.stock(base) and base._parameters.get("bias") is None:
             return "it has no bias, and whether its own forward would add one is not known (bias=False has no shift)"

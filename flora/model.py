@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, TypeVar, cast
@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from flora import base_dtype as half
 from flora.config import DeltaConfig
 from flora.deltas import Delta
+from flora.distributed import check_whole, settle
 from flora.kinds import is_product
 from flora.layers import AdaptedLayer, check_adapter_name
 from flora.saved import SavedModule
@@ -125,7 +126,14 @@ def _listed(names: Sequence[str]) -> str:
 # Adapting ----------------------------------------------------------------------------------------------------------
 
 
-def adapt(model: _Model, config: Configs, name: str = "default", *, base_dtype: torch.dtype | None = None) -> _Model:
+def adapt(
+    model: _Model,
+    config: Configs,
+    name: str = "default",
+    *,
+    base_dtype: torch.dtype | None = None,
+    seed: int | None = None,
+) -> _Model:
     """Put an adapter on a model, in place, and freeze everything else.
 
     On a model that has adapters already, the new one is added; those that are active stay active and trainable, until
@@ -140,26 +148,44 @@ def adapt(model: _Model, config: Configs, name: str = "default", *, base_dtype: 
         base_dtype: torch.bfloat16 or torch.float16 casts the frozen base, for good: its weights then take half the
             memory. Normalisation stays in float32 and returns the dtype it was given; deltas and ``modules_to_save``
             are float32; floating inputs are cast. Only for the first adapter; further ones share the base.
+        seed: an integer draws the adapter as right after ``torch.manual_seed(seed)``, the same in every process, and
+            leaves the program's generators as they were; by default they are drawn from.
 
     Returns:
         The model itself.
 
     Raises:
-        TypeError, ValueError: anything wrong with the names, patterns, ranks, layers or dtype, by name. The model is
-            then as it was.
-        RuntimeError: the model is merged.
+        TypeError, ValueError: anything wrong with the names, patterns, ranks, layers, dtype or seed, by name. The model
+            is then as it was.
+        RuntimeError: the model is merged or sharded.
     """
     check_model(model)
+    if seed is not None and not (isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**64):
+        raise ValueError(f"seed={seed!r} must be an integer from 0 to 2**64 - 1")
     if base_dtype is not None:
         half.check_base_dtype(base_dtype)
-    install(model, name, config, select(model, config), base_dtype=base_dtype)
+    selection = select(model, config)
+    with nullcontext() if seed is None else _seeded(seed):
+        install(model, name, config, selection, base_dtype=base_dtype)
     return model
 
 
-def add_adapter(model: _Model, config: Configs, name: str, *, base_dtype: torch.dtype | None = None) -> _Model:
+def add_adapter(
+    model: _Model, config: Configs, name: str, *, base_dtype: torch.dtype | None = None, seed: int | None = None
+) -> _Model:
     """`adapt` under another name, for a model that has adapters already."""
     state_of(model)
-    return adapt(model, config, name, base_dtype=base_dtype)
+    return adapt(model, config, name, base_dtype=base_dtype, seed=seed)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Within it random numbers are those after ``torch.manual_seed(seed)``; afterwards as if it had not been."""
+    accelerator = torch.accelerator.current_accelerator()
+    devices = range(torch.accelerator.device_count()) if accelerator else ()
+    with torch.random.fork_rng(devices, device_type=accelerator.type if accelerator else "cuda"):
+        torch.manual_seed(seed)
+        yield
 
 
 def check_model(model: nn.Module) -> None:
@@ -194,9 +220,10 @@ def install(
     Raises:
         ValueError: a name that is taken; a ``base_dtype`` for a base that other adapters use in another; with
             ``fill``, a delta that is to learn and never can.
-        RuntimeError: the model is merged.
+        RuntimeError: the model is merged or sharded.
     """
     check_adapter_name(name)
+    check_whole(model, "put an adapter on")
     state = _own_state(model) or (state_of(model) if adapted_layers(model) else State())
     if name in state.adapters:
         raise ValueError(f"there is already an adapter {name!r}; there are {', '.join(map(repr, state.adapters))}")
@@ -436,6 +463,7 @@ def set_adapter(
         if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
             raise ValueError(f"name={name!r}: the weight {weight!r} of {one!r} must be a finite number")
     _check_unmerged(model)
+    settle(model)
     for where, module in saved_modules(model).items():
         owners = [one for one in weights if one in module.copies]
         if len(owners) > 1:
@@ -474,11 +502,12 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
     Raises:
         ValueError: no such adapter.
-        RuntimeError: no adapters in the model, or some are merged.
+        RuntimeError: no adapters in the model, or some are merged; the model is sharded.
     """
     state = state_of(model)
     check_adapter(state, name)
     _check_unmerged(model)
+    check_whole(model, "delete an adapter of")
     if len(state.adapters) == 1:
         unload(model, merge=False)
         return
@@ -509,9 +538,11 @@ def merge(model: nn.Module) -> None:
     A weight that is tied to another module's is untied: the other keeps the original.
 
     Raises:
-        RuntimeError: a layer that cannot be merged, by name; nothing to merge; no adapters. No layer is merged then.
+        RuntimeError: a layer that cannot be merged, by name; nothing to merge; no adapters; the model is sharded. No
+            layer is merged then.
     """
     state_of(model)
+    check_whole(model, "merge")
     _merge(model)
 
 
@@ -540,9 +571,10 @@ def unmerge(model: nn.Module) -> None:
     """Put the original weights back, bit for bit.
 
     Raises:
-        RuntimeError: nothing is merged, or no adapters.
+        RuntimeError: nothing is merged, or no adapters; the model is sharded.
     """
     state_of(model)
+    check_whole(model, "unmerge")
     merged = [layer for layer in adapted_layers(model).values() if layer.merged]
     if not merged:
         raise RuntimeError("no adapter is merged")
@@ -562,9 +594,10 @@ def unload(model: nn.Module, merge: bool = True) -> nn.Module:
         that dtype, as after ``model.to(base_dtype)``, but for vectors of numbers that no state_dict has.
 
     Raises:
-        RuntimeError: a layer that cannot be merged, by name; no adapters. The model is then as it was.
+        RuntimeError: a layer that cannot be merged, by name; no adapters; a sharded model. The model is then as it was.
     """
     state = state_of(model)
+    check_whole(model, "unload")
     if merge and any(layer.active and not layer.merged for layer in adapted_layers(model).values()):
         _merge(model)
     result = model
@@ -599,9 +632,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """Within the ``with`` block the model is exactly the frozen base, also while merged.
 
     Raises:
-        RuntimeError: no adapters.
+        RuntimeError: no adapters; a model that was merged and then sharded.
     """
     state_of(model)
+    if any(layer.merged for layer in adapted_layers(model).values()):
+        check_whole(model, "switch off the merged adapters of")
     modules: list[AdaptedLayer | SavedModule] = [*adapted_layers(model).values(), *saved_modules(model).values()]
     before = [module.enabled for module in modules]
     try:

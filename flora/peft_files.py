@@ -23,6 +23,7 @@ from flora import reference
 from flora.config import DeltaConfig, LoRAConfig, is_suffix
 from flora.config.base import is_int, is_real
 from flora.deltas.tucker import Factored
+from flora.distributed import whole
 from flora.kinds import CONV, EMBEDDING, TRANSPOSED, kind_of
 from flora.layers import AdaptedLayer
 from flora.saved import SavedModule
@@ -357,7 +358,7 @@ def _names(adapted: list[str], whole: list[str], names: Iterable[str]) -> dict[s
 @torch.no_grad()
 def _as_peft(where: str, module: nn.Module, delta: Factored) -> dict[str, Tensor]:
     """The tensors of one layer, by PEFT's names."""
-    core, (u_out, u_in, *u_k) = delta.tucker.core, delta.tucker.factors
+    core, u_out, u_in, *u_k = (None if t is None else whole(t) for t in delta.parts(None).tensors)
     assert u_out is not None
     b = u_out.detach().clone()
     if core is None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from flora.distributed import model_class
 from flora.kinds import describe, is_opaque, kind_of
 from flora.model import adapted_layers, base_parameters, saved_modules, state_of
 from flora.targets import distinct, places
@@ -184,18 +185,18 @@ def summary(model: nn.Module) -> Summary:
     for known in state.adapters.values():
         left_alone.update({name: why for name, why in known.left_alone.items() if name not in used})
     return Summary(
-        model=type(model).__name__,
+        model=model_class(model).__name__,
         adapters=tuple(state.adapters),
         active=state.active,
         layers=tuple(rows),
         left_alone=left_alone,
         tied=_tied(model),
-        base_parameters=_base_parameters(model),
+        base_parameters=base_size(model),
         trainable_parameters=_count(p for p in model.parameters() if p.requires_grad),
     )
 
 
-def _base_parameters(model: nn.Module) -> int:
+def base_size(model: nn.Module) -> int:
     """A packed weight may be no parameter at all, or one of fewer and wider numbers than it stands for."""
     opaque = [target.original for target in distinct(places(model)) if is_opaque(target.original)]
     packed = {id(layer._parameters.get("weight")) for layer in opaque}

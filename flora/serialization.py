@@ -12,7 +12,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from flora import authors, peft_files
 from flora import base_dtype as half
 from flora.config import DeltaConfig, TuckerConfig
 from flora.deltas import Delta
+from flora.distributed import mesh_of, model_class, on_first_rank, settle, whole
 from flora.folders import inner_file, recover, replace_folder
 from flora.kinds import delta_shape
 from flora.layers import check_adapter_name
@@ -107,6 +108,10 @@ def save_adapter(
 ) -> None:
     """Write an adapter to a folder, which is replaced as a whole: at every moment it is the old one or the new one.
 
+    Of a sharded model (`torch.distributed.fsdp.fully_shard`) every process has to call this: the tensors are gathered,
+    the first process of the mesh writes, all return when it has. Otherwise each process that calls it writes, one after
+    another: under DistributedDataParallel one of them is enough.
+
     Args:
         model: may be merged: the adapter is written all the same.
         directory: does not exist, is empty or holds an adapter; nothing else is ever replaced. A model card beside the
@@ -120,7 +125,7 @@ def save_adapter(
     Raises:
         ValueError: no such adapter, values that are not finite, or an adapter that the format cannot hold.
         RuntimeError: no adapters in the model.
-        OSError: something else is there, or it cannot be written.
+        OSError: something else is there, or it cannot be written; where another process writes, RuntimeError.
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} must be one of {', '.join(FORMATS)}")
@@ -139,16 +144,31 @@ def save_adapter(
     folders = {one: path if isinstance(name, str) else path / one for one in names}
     if not isinstance(name, str) and (path / CONFIG_FILE).exists():
         raise FileExistsError(f"{path} is an adapter folder itself, so {', '.join(names)} cannot be written into it")
-    for folder in folders.values():
-        recover(folder)
-        check_replaceable(folder, format)
+    settle(model)
+    mesh = mesh_of(model.parameters())
+    if mesh is None:
+        _check_folders(folders.values(), format)
     contents = {
         one: _peft_contents(model, one) if format == "peft" else _contents(model, one, state.adapters[one], hashes)
         for one in names
     }
-    for one, folder in folders.items():
-        card = folder / CARD_FILE
-        replace_folder(folder, contents[one] | ({CARD_FILE: card.read_bytes()} if card.is_file() else {}))
+
+    def write() -> None:
+        _check_folders(folders.values(), format)
+        for one, folder in folders.items():
+            card = folder / CARD_FILE
+            replace_folder(folder, contents[one] | ({CARD_FILE: card.read_bytes()} if card.is_file() else {}))
+
+    if mesh is None:
+        write()
+    else:
+        on_first_rank(mesh, write)
+
+
+def _check_folders(folders: Iterable[Path], format: str) -> None:
+    for folder in folders:
+        recover(folder)
+        check_replaceable(folder, format)
 
 
 def _contents(model: nn.Module, name: str, adapter: Adapter, hashes: bool) -> dict[str, bytes]:
@@ -164,11 +184,13 @@ def _contents(model: nn.Module, name: str, adapter: Adapter, hashes: bool) -> di
             "scale": float(delta.scale),
             "pattern": adapter.patterns.get(where, ""),
         }
-        _check_finite(where, delta.tensors())
-        tensors.update({f"{where}.{key}": tensor for key, tensor in delta.tensors().items()})
+        own = _gathered(delta.tensors())
+        _check_finite(where, own)
+        tensors.update({f"{where}.{key}": tensor for key, tensor in own.items()})
     for where, module in copies.items():
-        _check_finite(where, dict(module.named_parameters()))
-        tensors.update({f"{where}.{key}": tensor for key, tensor in module.state_dict().items()})
+        own = _gathered(module.state_dict())
+        _check_finite(where, {key: own[key] for key, _ in module.named_parameters()})
+        tensors.update({f"{where}.{key}": tensor for key, tensor in own.items()})
     data = _safetensors(tensors)
     base = fingerprint(model, _every_name(model, copies), hashes=hashes)
     listed = {key: {"shape": list(shape), "dtype": base.dtypes[key]} for key, shape in base.shapes.items()}
@@ -187,8 +209,13 @@ def _contents(model: nn.Module, name: str, adapter: Adapter, hashes: bool) -> di
 
 def _peft_contents(model: nn.Module, name: str) -> dict[str, bytes]:
     config, tensors = peft_files.contents(model, name)
+    tensors = _gathered(tensors)
     _check_finite("the adapter", tensors)
     return {TENSORS_FILE: _safetensors(tensors), CONFIG_FILE: peft_files.to_json(config)}
+
+
+def _gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: whole(tensor) for key, tensor in tensors.items()}
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:
@@ -248,7 +275,7 @@ def fingerprint(
                 for key, tensor in base_tensors(model, leave_out)
             }
     return Fingerprint(
-        type(model).__name__,
+        model_class(model).__name__,
         {key: tuple(tensor.shape) for key, tensor in tensors.items()},
         {key: str(dtype).removeprefix("torch.") for key, dtype in dtypes.items()},
         digests,
@@ -278,7 +305,7 @@ def _every_name(model: nn.Module, first_names: Mapping[str, nn.Module]) -> list[
 def _digest(key: str, tensor: Tensor) -> str:
     if tensor.is_meta:
         raise ValueError(f"{key} is on the meta device and has no values to hash")
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    raw = whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(raw.numpy().data).hexdigest()
 
 
@@ -505,7 +532,7 @@ def load_adapter(
         FileNotFoundError: no such path.
         ValueError: a damaged or foreign file, an adapter of another base, a module that is not there, or a delta that
             is to learn and never could: the message names the file and the module. The model is as it was.
-        RuntimeError: the model is merged.
+        RuntimeError: the model is merged or sharded.
 
     Warns:
         UserWarning: the base's tensors have other dtypes than those that the adapter was trained on.
