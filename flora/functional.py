@@ -168,7 +168,7 @@ class _Fused(torch.autograd.Function):
         of_input = needs[4] or form.keeps_input(needs[6:])
         ctx.x_like = None if of_input and dropout == 0 else _layout(x)
         ctx.save_for_backward(x if of_input else None, weight, bias if needs[5] else None, h, *tensors)
-        return y
+        return _no_view(y)
 
     @staticmethod
     @_exactly
@@ -218,6 +218,12 @@ def _blank(layout: _Layout) -> Tensor:
     return torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
 
 
+def _no_view(y: Tensor) -> Tensor:
+    """A product's new output without the mark of a view, as which `F.linear` returns some: a node's output that has it
+    cannot be written to, as an activation in place does."""
+    return y.data if y._is_view() else y
+
+
 def _seed() -> int:
     return int(torch.randint(2**62, (), device="cpu"))
 
@@ -252,7 +258,7 @@ class _Effective(torch.autograd.Function):
     ) -> Tensor:
         ctx.op, ctx.form, ctx.hybrid = op, form, hybrid
         ctx.save_for_backward(x, weight, bias, *tensors)
-        return _with_effective(op, x, weight, bias, form, tensors)
+        return _no_view(_with_effective(op, x, weight, bias, form, tensors))
 
     @staticmethod
     @_exactly
@@ -299,7 +305,7 @@ class _Separate(torch.autograd.Function):
     ) -> Tensor:
         ctx.op, ctx.form, ctx.dropout, ctx.seed, ctx.x_like = op, form, dropout, _seed(), _layout(x)
         ctx.save_for_backward(x, weight, bias if ctx.needs_input_grad[5] else None, *tensors)
-        return _separate(op, x, weight, bias, form, tensors, dropout, ctx.seed)
+        return _no_view(_separate(op, x, weight, bias, form, tensors, dropout, ctx.seed))
 
     @staticmethod
     @_exactly

@@ -156,6 +156,20 @@ def test_a_small_delta_on_a_bfloat16_base_is_not_swallowed():
 # Layers that are not stock -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("plan", "dropout"), [("fused", 0.0), ("fused", 0.3), ("hybrid", 0.0), ("merged", 0.0)])
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (2, 2, 3, 5)])
+def test_an_activation_in_place_after_the_layer(plan, dropout, shape):
+    adapted = wrapped(nn.Linear(5, 7), flora.TuckerConfig(rank=4, plan=plan, dropout=dropout)).train()
+    x = torch.linspace(-1, 1, torch.Size(shape).numel()).reshape(shape)
+    outputs, gradients = [], []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        outputs.append(F.relu(adapted(x), inplace=inplace))
+        gradients.append(torch.autograd.grad(outputs[-1].square().sum(), list(adapted.deltas.parameters())))
+    assert torch.equal(*outputs)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_hooks_on_the_base_run_once_and_see_the_adapted_output():
     layer = wrapped(nn.Linear(5, 7))
     plain = layer(torch.ones(2, 5)).detach()
