@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc -name '*.[ch]') setup.py pyproject.toml
 SANITIZED_TESTS := $(wildcard $(addprefix tests/test_,kernels.py boundary.py functional.py golden.py layers.py))
 
 .DEFAULT_GOAL := build
-.PHONY: build test test-slow lint format docs demo bench sanitize clean
+.PHONY: build test test-slow peft-suite lint format docs demo bench sanitize clean
 
 build: $(BUILT)  ## the extension, in place, with warnings as errors
 
@@ -22,6 +22,9 @@ test: $(BUILT)
 
 test-slow: $(BUILT)  ## what `make test` runs in a short form
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+peft-suite: $(BUILT)  ## PEFT's own tests, from its source distribution, with FLoRA as the method
+	$(BIN)/python tests/peft_suite $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

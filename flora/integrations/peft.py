@@ -181,7 +181,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     Attributes
     ----------
     flora_delta
-        `flora.TuckerDelta` by adapter name, always of float32 or float64.
+        `flora.TuckerDelta` by adapter name.
     weight
         the effective weight W + s·ΔW of the active adapters, since some modules read it instead of calling the layer.
 
@@ -440,7 +440,7 @@ class FloraModel(BaseTuner):
     ) -> None:
         config = cast(FloraConfig, peft_config)
         own = _module_config(config, target, current_key)
-        layer = target if isinstance(target, FloraLayer) else FloraLayer(target, name=current_key)
+        layer = target if isinstance(target, FloraLayer) else FloraLayer(target, name=_plain(current_key))
         layer.update_layer(adapter_name, own, init_weights=config.init_weights)
         layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         if layer is not target:
@@ -451,6 +451,18 @@ class FloraModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
         else:  # the base layer, as it is; PEFT asks each for a `weight`, which an attention has not
             setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """A delta is of float32 or float64 as it comes; where PEFT is told not to see to that, it follows the base."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        for layer in self.modules():
+            if isinstance(layer, FloraLayer) and adapter_name in layer.flora_delta and not layer._layer._kind.opaque:
+                dtype = layer._layer._base_weight().dtype
+                for owner in layer.flora_delta[adapter_name].modules():
+                    for name, p in list(owner.named_parameters(recurse=False)):
+                        setattr(owner, name, nn.Parameter(p.detach().to(dtype), p.requires_grad))
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -487,10 +499,15 @@ def _with_names(names: Sequence[str], module: nn.Module, args: Any, kwargs: dict
     return args, kwargs | {"adapter_names": names}
 
 
+def _plain(name: str) -> str:
+    """A module's name in its own model: a mixed model gives it as a part of itself."""
+    return name.removeprefix("base_model.model.")
+
+
 def _module_config(config: FloraConfig, module: nn.Module, name: str) -> TuckerConfig:
     """One module's own configuration. TypeError or ValueError, naming the module, if its delta cannot be put on it."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    own = config.for_module(name)
+    own, name = config.for_module(name), _plain(name)
     reason = unfit(base, own)
     if reason is not None:
         raise TypeError(f"{name} cannot be adapted: {reason}")
