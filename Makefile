@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc -name '*.[ch]') setup.py pyproject.toml
 SANITIZED_TESTS := $(wildcard $(addprefix tests/test_,kernels.py boundary.py functional.py golden.py layers.py))
 
 .DEFAULT_GOAL := build
-.PHONY: build test test-slow zoo lint format docs demo bench sanitize clean
+.PHONY: build test test-slow zoo distributed peft-suite lint format docs demo bench sanitize clean
 
 build: $(BUILT)  ## the extension, in place, with warnings as errors
 
@@ -25,6 +25,9 @@ test-slow: $(BUILT)  ## what `make test` runs in a short form
 
 zoo: $(BUILT)  ## small networks of many architectures, each through the life of an adapter
 	$(BIN)/python -m pytest -m "slow or not slow" tests/test_zoo.py $(ARGS)
+
+peft-suite: $(BUILT)  ## PEFT's own tests, from its source distribution, with FLoRA as the method
+	$(BIN)/python tests/peft_suite $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
