@@ -109,7 +109,7 @@ class ConvOp(NamedTuple):
         """Gradients of (x, weight, bias), each None unless ``needs`` it; that of the weight may be in float32."""
         if not any(needs):
             return None, None, None
-        in_c = needs[1] and self.groups > 1 and weight.shape[1] <= FEW_CHANNELS
+        in_c = needs[1] and self.groups > 1 and weight.shape[1] <= FEW_CHANNELS and takes(dy, x, None, ())
         dw = None
         if in_c:
             dw = x.new_empty(weight.shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -223,6 +223,12 @@ forward's time for them, and for more it is a matrix product, which PyTorch does
 def dropout_factor(x: Tensor, dropout: float, seed: int) -> Tensor:
     """What dropout multiplies x by, 0 or 1 / (1 - dropout), in x's shape and dtype; a function of seed and layout."""
     factor = torch.full_like(x, 1 / (1 - dropout), requires_grad=False)
+    if not x.is_cpu:
+        if x.is_meta:
+            return factor
+        drawn = torch.empty_like(factor, dtype=torch.float32)
+        drawn.bernoulli_(1 - dropout, generator=torch.Generator(x.device).manual_seed(seed))
+        return factor.mul_(drawn)
     _core.drop(factor.as_strided((factor.numel(),), (1,)), dropout, seed)  # dense, in whichever order x has
     return factor
 

@@ -6,4 +6,19 @@ from flora.forms.rescale import RescaleForm
 from flora.forms.toeplitz import ToeplitzForm
 from flora.forms.tucker import Tucker, TuckerForm
 
-__all__ = ["DenseForm", "Form", "KroneckerForm", "Parts", "RescaleForm", "ToeplitzForm", "Tucker", "TuckerForm"]
+FORMS: dict[str, type[Form]] = {
+    form.name: form for form in (DenseForm, KroneckerForm, RescaleForm, ToeplitzForm, TuckerForm)
+}
+"""The forms that the operators of `flora.library` know, by name."""
+
+__all__ = [
+    "FORMS",
+    "DenseForm",
+    "Form",
+    "KroneckerForm",
+    "Parts",
+    "RescaleForm",
+    "ToeplitzForm",
+    "Tucker",
+    "TuckerForm",
+]

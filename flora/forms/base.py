@@ -8,7 +8,7 @@ graph, CPU tensors) inside a node of `flora.functional`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +31,22 @@ class Form:
 
     __slots__ = ("scale",)
 
+    name: ClassVar[str] = ""
+    """By which the operators of `flora.library` know it; one without a name is computed in plain PyTorch there."""
+
     of_weight = False
     """Whether ΔW depends on W."""
 
+    in_half = False
+    """Whether the products of `twin` may be those of a half-precision x's own dtype, where the C kernels cannot run."""
+
     def __init__(self, scale: float) -> None:
         self.scale = scale
+
+    @classmethod
+    def of(cls, scale: float, shape: tuple[int, ...], tensors: Tensors) -> Self:
+        """The form again, from what an operator has: its scale, the weight's shape and the tensors."""
+        return cls(scale)
 
     # Plain PyTorch --------------------------------------------------------------------------------------------------
 
@@ -48,6 +59,12 @@ class Form:
         delta = self.delta(weight, tensors)
         y: Tensor = op.base(x.to(delta.dtype), delta, None)
         return y
+
+    def narrowed(self, tensors: Tensors, x: Tensor) -> Tensors:
+        """The tensors as `twin` is to take them for this x: as autocast would, in x's dtype where that is `in_half`."""
+        if not self.in_half or x.is_cpu or x.dtype not in (torch.bfloat16, torch.float16):
+            return tensors
+        return [None if t is None else t.to(x.dtype) for t in tensors]
 
     def lookup(self, ids: Tensor, weight: Tensor | None, tensors: Tensors) -> Tensor:
         """The rows s·ΔW[ids] of an Embedding, differentiable."""
@@ -88,6 +105,13 @@ class Form:
     def update_(self, op: Op, y: Tensor, x: Tensor, tensors: Tensors, want_h: bool) -> tuple[Tensor, Tensor | None]:
         """y += s·ΔW·x; returns y (a copy if it was not writable) and what backward needs beside x, if anything."""
         raise NotImplementedError
+
+    def kept(self, op: Op, x: Tensor, y: Tensor, tensors: Tensors) -> Sequence[int] | None:
+        """The shape of what `update_` returns beside y for backward, in the tensors' dtype; None if that is nothing.
+
+        x and y of a linear layer are rows, (n, d).
+        """
+        return None
 
     def update_backward(
         self,
@@ -132,6 +156,9 @@ class DenseForm(Form):
     """ΔW itself, as one tensor: what a method without kernels of its own computes by plain PyTorch."""
 
     __slots__ = ()
+
+    name = "dense"
+    in_half = True
 
     def delta(self, weight: Tensor | None, tensors: Tensors) -> Tensor:
         delta: Tensor = tensors[0]

@@ -22,6 +22,9 @@ class KroneckerForm(MatrixForm):
 
     __slots__ = ()
 
+    name = "kronecker"
+    in_half = True
+
     def delta(self, weight: Tensor | None, tensors: Tensors) -> Tensor:
         a, b = tensors
         return reference.kronecker_delta(a, b, self.scale).reshape(self.shape)
@@ -54,9 +57,13 @@ class KroneckerForm(MatrixForm):
     def update_(self, op: Op, y: Tensor, x: Tensor, tensors: Tensors, want_h: bool) -> tuple[Tensor, Tensor | None]:
         a, b = tensors
         y, x = op.writable(y), rows(x)
-        h = a.new_empty(*x.shape[:-1], b.shape[1] * a.shape[0]) if want_h else None
+        h = a.new_empty(self.kept(op, x, y, tensors)) if want_h else None
         _core.kronecker_forward(rows(y), h, x, a, b, self.scale)
         return y, h
+
+    def kept(self, op: Op, x: Tensor, y: Tensor, tensors: Tensors) -> tuple[int, ...]:
+        a, b = tensors
+        return *x.shape[:-1], b.shape[1] * a.shape[0]
 
     def update_backward(
         self,

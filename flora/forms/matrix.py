@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -24,6 +25,10 @@ class MatrixForm(Form):
     def __init__(self, scale: float, shape: tuple[int, ...]) -> None:
         super().__init__(scale)
         self.shape = shape
+
+    @classmethod
+    def of(cls, scale: float, shape: tuple[int, ...], tensors: Tensors) -> Self:
+        return cls(scale, shape)
 
     @property
     def extents(self) -> tuple[int, int]:

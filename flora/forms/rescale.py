@@ -17,12 +17,25 @@ class RescaleForm(Form):
 
     __slots__ = ()
 
+    name = "rescale"
     of_weight = True
 
     def delta(self, weight: Tensor | None, tensors: Tensors) -> Tensor:
         assert weight is not None
         row, column = tensors
         return reference.rescale_delta(weight, row, column, self.scale)
+
+    def twin(self, op: Op, x: Tensor, weight: Tensor | None, tensors: Tensors) -> Tensor:
+        """s·row ⊙ op(column ⊙ x, W), each product in x's own dtype."""
+        assert weight is not None
+        row, column = tensors
+        real = next(t for t in tensors if t is not None).dtype
+        beyond = [1] * (weight.ndim - 2)
+        if column is not None:
+            groups = op.groups if isinstance(op, ConvOp) else 1
+            x = (x * column.repeat(groups).view(-1, *beyond)).to(x.dtype)
+        y: Tensor = self.scale * op.base(x, weight, None).to(real)
+        return y if row is None else y * row.view(-1, *beyond)
 
     def effective(self, weight: Tensor, tensors: Tensors) -> Tensor:
         row, column = tensors

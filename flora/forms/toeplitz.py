@@ -27,6 +27,8 @@ class ToeplitzForm(MatrixForm):
 
     __slots__ = ()
 
+    name = "toeplitz"
+
     def delta(self, weight: Tensor | None, tensors: Tensors) -> Tensor:
         left, right = tensors
         return reference.toeplitz_delta(left, right, *self.extents, self.scale).reshape(self.shape)

@@ -8,7 +8,7 @@ Source of the algebra: FLoRA, arXiv 2405.14739, and docs/methods.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +31,16 @@ class TuckerForm(Form):
 
     __slots__ = ("projects",)
 
+    name = "tucker"
+    in_half = True
+
     def __init__(self, scale: float, projects: bool = True) -> None:
         self.scale = scale
         self.projects = projects
+
+    @classmethod
+    def of(cls, scale: float, shape: tuple[int, ...], tensors: Tensors) -> Self:
+        return cls(scale, projects=len(tensors) < 3 or tensors[2] is not None)
 
     def delta(self, weight: Tensor | None, tensors: Tensors) -> Tensor:
         core, *factors = _explicit(tensors)
@@ -86,19 +93,21 @@ class TuckerForm(Form):
         y = op.writable(y)
         if not isinstance(op, ConvOp):
             x = rows(x)
-            h = u_in.new_empty(*x.shape[:-1], u_in.shape[1]) if want_h else None
+            h = u_in.new_empty(self.kept(op, x, y, tensors)) if want_h else None
             _core.tucker_linear_forward(rows(y), h, x, u_in, core, u_out, self.scale)
             return y, h
-        h = None
-        if want_h:
-            if u_in is None:
-                extents, rank = tuple(y.shape[2:]), u_out.shape[1]
-            else:
-                pads = zip(x.shape[2:], op.padding[::2], op.padding[1::2], strict=True)
-                extents, rank = tuple(sum(p) for p in pads), u_in.shape[1]
-            h = u_out.new_empty(x.shape[0], *extents, op.groups * rank)
+        h = u_out.new_empty(self.kept(op, x, y, tensors)) if want_h else None
         _core.tucker_conv_forward(y, h, x, core, tensors[1:], self.scale, *op)
         return y, h
+
+    def kept(self, op: Op, x: Tensor, y: Tensor, tensors: Tensors) -> tuple[int, ...]:
+        _, u_out, u_in, *_ = tensors
+        if not isinstance(op, ConvOp):
+            return *x.shape[:-1], u_in.shape[1]
+        if u_in is None:
+            return x.shape[0], *y.shape[2:], op.groups * u_out.shape[1]
+        pads = zip(x.shape[2:], op.padding[::2], op.padding[1::2], strict=True)
+        return x.shape[0], *(sum(p) for p in pads), op.groups * u_in.shape[1]
 
     def update_backward(
         self,
@@ -151,7 +160,7 @@ class Tucker(NamedTuple):
 
     @property
     def form(self) -> TuckerForm:
-        return TuckerForm(self.scale, projects=len(self.factors) < 2 or self.factors[1] is not None)
+        return TuckerForm.of(self.scale, (), self.tensors)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
