@@ -645,7 +645,8 @@ def test_two_modules_in_one_process():
 
 def test_info(isa):
     info = _core.info()
-    assert set(info) == {"isa", "isa_available", "threads", "pool", "exchange_api"}
+    assert set(info) == {"isa", "isa_available", "threads", "pool", "exchange_api", "outruns_mkl"}
+    assert isa.startswith("v4") or info["outruns_mkl"] is False
     assert info["isa"] == isa
     assert info["isa_available"][0] == "portable"
     assert info["threads"] == torch.get_num_threads()
