@@ -26,6 +26,9 @@ test-slow: $(BUILT)  ## what `make test` runs in a short form
 zoo: $(BUILT)  ## small networks of many architectures, each through the life of an adapter
 	$(BIN)/python -m pytest -m "slow or not slow" tests/test_zoo.py $(ARGS)
 
+distributed: $(BUILT)  ## several processes: DistributedDataParallel, fully_shard, torchrun, accelerate
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_distributed.py tests/test_fsdp.py tests/test_launchers.py $(ARGS)
+
 peft-suite: $(BUILT)  ## PEFT's own tests, from its source distribution, with FLoRA as the method
 	$(BIN)/python tests/peft_suite $(ARGS)
 

@@ -21,8 +21,9 @@ def test_the_blocks_of_a_page_continue_each_other_and_run(page, tmp_path):
 
 
 def test_every_page_with_code_is_run():
-    """The guide's and design.md's blocks by test_examples.py."""
-    assert {page for page in PAGES if blocks(page)} == {*TASKS, "docs/guide.md", "docs/design.md"}
+    """The guide's and design.md's blocks by test_examples.py, distributed.md's by test_launchers.py."""
+    others = {"docs/guide.md", "docs/design.md", "docs/distributed.md"}
+    assert {page for page in PAGES if blocks(page)} == {*TASKS, *others}
 
 
 def test_the_api_pages_have_every_public_name():
