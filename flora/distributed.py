@@ -50,12 +50,23 @@ def _is_unit(module: nn.Module) -> bool:
 def check_whole(model: nn.Module, verb: str) -> None:
     """Raises RuntimeError, naming a parameter, if the model is sharded, for verbs that put modules or parameters in."""
     settle(model)
+    check_not_flattened(model)
     for name, parameter in model.named_parameters():
         if is_sharded(parameter):
             raise RuntimeError(
                 f"cannot {verb} a sharded model: {name} is a DTensor, and fully_shard keeps to the parameters that it "
                 "was given; do it before, or on a whole model that loads what save_adapter wrote"
             )
+
+
+def check_not_flattened(model: nn.Module) -> None:
+    """Raises RuntimeError, naming a parameter, for a model in FullyShardedDataParallel, the older way of sharding.
+
+    Its parameters are pieces of one long vector, without the shapes that they had.
+    """
+    for name, parameter in model.named_parameters():
+        if getattr(parameter, "_fsdp_flattened", False):
+            raise RuntimeError(f"{name} is flattened by FullyShardedDataParallel; fully_shard (FSDP2) is supported")
 
 
 def mesh_of(tensors: Iterable[Tensor]) -> Any:

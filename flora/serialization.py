@@ -26,7 +26,7 @@ from flora import authors, peft_files
 from flora import base_dtype as half
 from flora.config import DeltaConfig, TuckerConfig
 from flora.deltas import Delta
-from flora.distributed import mesh_of, model_class, on_first_rank, settle, whole
+from flora.distributed import check_not_flattened, mesh_of, model_class, on_first_rank, settle, whole
 from flora.folders import inner_file, recover, replace_folder
 from flora.kinds import delta_shape
 from flora.layers import check_adapter_name
@@ -124,7 +124,7 @@ def save_adapter(
 
     Raises:
         ValueError: no such adapter, values that are not finite, or an adapter that the format cannot hold.
-        RuntimeError: no adapters in the model.
+        RuntimeError: no adapters in the model, or it is in FullyShardedDataParallel, the older way of sharding.
         OSError: something else is there, or it cannot be written; where another process writes, RuntimeError.
     """
     if format not in FORMATS:
@@ -145,6 +145,7 @@ def save_adapter(
     if not isinstance(name, str) and (path / CONFIG_FILE).exists():
         raise FileExistsError(f"{path} is an adapter folder itself, so {', '.join(names)} cannot be written into it")
     settle(model)
+    check_not_flattened(model)
     mesh = mesh_of(model.parameters())
     if mesh is None:
         _check_folders(folders.values(), format)

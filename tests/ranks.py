@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 120
+PATIENCE = 300
 """Seconds that a function may take on its slowest rank."""
 
 
@@ -71,7 +71,7 @@ def _serve(pipe: Any, rank: int, world: int, store: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=PATIENCE - 60)
     )
     while True:
         try:

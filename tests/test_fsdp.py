@@ -1,5 +1,6 @@
 """Adapters under FSDP2's fully_shard over gloo: frozen and trained parameters mixed, files, checkpoints, refusals."""
 
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -15,8 +16,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 import flora
 from flora import functional, serialization
@@ -60,7 +62,11 @@ METHODS = [
 
 def adapted(config=TUCKER, **options):
     torch.manual_seed(0)
-    model = flora.adapt(Net(), config, **options)
+    return moved(flora.adapt(Net(), config, **options))
+
+
+def moved(model):
+    """Away from the start, where a core's gradient is the only one."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -303,6 +309,60 @@ def refusals(folder):
         flora.unmerge(merged)
 
 
+def the_older_wrapper(folder):
+    model = adapted()
+    FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    for call in (lambda: flora.save_adapter(model, folder), lambda: flora.merge(model)):
+        with pytest.raises(RuntimeError, match="is flattened by FullyShardedDataParallel; fully_shard"):
+            call()
+    assert not any(folder.iterdir())
+
+
+def recomputed(forward, reentrant):
+    return lambda *args, **kwargs: checkpoint(partial(forward, **kwargs), *args, use_reentrant=reentrant)
+
+
+def of_transformers(reentrant):
+    """Tied embeddings, blocks after modules, normalisation; units that are checkpointed layers."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # slow, and for this one alone
+
+    shape = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    config = {
+        "embed_tokens": flora.TuckerConfig(rank=2),
+        "lm_head": flora.LoRAConfig(rank=2),
+        "layers.0.mlp": flora.StructuredAdapterConfig(),
+        "layers.1.mlp": flora.StructuredAdapterConfig(norm_before=True),
+        r".*layernorm": flora.RescaleConfig(),
+        "all": flora.TuckerConfig(rank=4),
+    }
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(moved(flora.adapt(LlamaForCausalLM(shape), config)))
+    whole, model = models
+    model.train()
+    for layer in model.model.layers:
+        layer.forward = recomputed(layer.forward, reentrant)
+        fully_shard(layer)
+    fully_shard(model)
+    if reentrant:
+        model.enable_input_require_grads()
+    tokens = torch.arange(64).reshape(8, 8) % 32
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for one, part in ((whole, tokens), (model, tokens[rank::world])):
+        one(input_ids=part, labels=part).loss.backward()
+    assert_same(model, whole)
+
+
 def one_start():
     """Every rank draws with its own seed: with ``seed`` they draw the same all the same."""
     rank = dist.get_rank()
@@ -381,6 +441,11 @@ def test_sharded(ranks, case):
     ranks.run(case)
 
 
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_network_of_transformers_with_activation_checkpointing(ranks, reentrant):
+    ranks.run(of_transformers, reentrant)
+
+
 @pytest.mark.parametrize(
     ("config", "options"),
     [(TUCKER, {"hashes": True}), (METHODS[2], {}), (flora.LoRAConfig(rank=2), {"format": "peft"})],
@@ -393,7 +458,9 @@ def test_the_file_is_that_of_an_unsharded_model_and_written_once(ranks, config, 
 
 
 @pytest.mark.parametrize(
-    "case", [failed_write, resumed_from_a_file, refusals, from_the_meta_device], ids=lambda case: case.__name__
+    "case",
+    [failed_write, resumed_from_a_file, refusals, the_older_wrapper, from_the_meta_device],
+    ids=lambda case: case.__name__,
 )
 def test_sharded_with_files(ranks, case, tmp_path):
     ranks.run(case, tmp_path)
