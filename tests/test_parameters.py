@@ -353,6 +353,16 @@ def test_the_separate_projections_of_an_attention():
     torch.testing.assert_close(model["attention"](x, memory, memory)[0], y)
 
 
+def test_a_transposed_convolution():
+    model = filled(flora.adapt(nn.Sequential(nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1)), only("0.weight")))
+    x = torch.randn(2, 4, 5, 5)
+    y = model(x)
+    base, delta = model[0].base_layer, adapted_layers(model)["0.weight"].deltas["default"]
+    expected = F.conv_transpose2d(x, base.weight + delta.alone(None), base.bias, stride=2, output_padding=1)
+    torch.testing.assert_close(y, expected)
+    assert_close(flora.unload(model)(x), y)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
