@@ -354,7 +354,9 @@ def test_the_separate_projections_of_an_attention():
 
 
 def test_a_transposed_convolution():
-    model = filled(flora.adapt(nn.Sequential(nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1)), only("0.weight")))
+    model = filled(
+        flora.adapt(nn.Sequential(nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1)), only("0.weight"))
+    )
     x = torch.randn(2, 4, 5, 5)
     y = model(x)
     base, delta = model[0].base_layer, adapted_layers(model)["0.weight"].deltas["default"]
