@@ -13,7 +13,6 @@ from torch import nn
 
 from flora.config import DeltaConfig
 from flora.deltas import Site, build
-from flora.layers import site_of
 from flora.targets import Target, select
 
 _Config = TypeVar("_Config", bound=DeltaConfig)
@@ -90,21 +89,21 @@ class _Counter:
     """Trainable parameters of configurations on the targets of one of them."""
 
     def __init__(self, targets: Sequence[Target]) -> None:
+        self.targets = {t.name: t for t in targets}
         self.sites = {t.name: self._site(t) for t in targets}
         self._known: dict[tuple[DeltaConfig, Site], int] = {}
 
     @staticmethod
     def _site(target: Target) -> Site:
         assert target.config is not None
-        site = site_of(target.original, target.config, target.name)
-        return replace(site, device="meta", weight=None, shapes_only=True)
+        return replace(target.site(target.config), device="meta", weight=None, shapes_only=True)
 
     def __call__(self, config: DeltaConfig) -> int:
         return sum(self.of(config, name) for name in self.sites)
 
     def of(self, config: DeltaConfig, name: str) -> int:
         """Of the configuration on one layer, patterns applied."""
-        own, site = config.for_module(name), self.sites[name]
+        own, site = self.targets[name].own(config), self.sites[name]
         alike = own, replace(site, name="")
         if alike not in self._known:
             delta = build(own, site)

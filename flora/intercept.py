@@ -3,13 +3,14 @@
 A layer with a forward of its own (a convolution that pads by itself, a layer with hooks or with a forward that another
 library put on the instance) reads its weight and does something with it. `Intercept` is active while that forward runs
 and watches PyTorch's functions: a stock linear, convolution or embedding call on the weight is served with the delta on
-top; any other use of the weight gets W + s·ΔW in its place. The module itself is never changed, and the watch is local
-to the thread, so that several threads may run the same layer at once.
+top; any other use of the weight gets W + s·ΔW in its place. It may watch several weights of one module. The module
+itself is never changed, and the watch is local to the thread, so that several threads may run the same layer at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,23 +36,24 @@ _CONVOLUTIONS: dict[Any, int] = {
 _IN_PLACE_OPERATORS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__setitem__"}
 
 
-class Intercept(TorchFunctionMode):
-    """Puts a layer's deltas into the forward that runs inside it.
+@dataclass
+class Watch:
+    """One weight, what stands for it, and what a forward made of it.
 
     Parameters
     ----------
     name
         the module's, for messages.
     is_weight
-        whether a tensor is the layer's weight.
-    turned
-        brings a weight of the layer into the order (out, in, *k).
-    stock
-        called with (op, x, W, b) for a stock operation on the weight: returns its adapted output.
-    embedding
-        called with (ids, W, everything else of the call) likewise.
+        whether a tensor is it.
     effective
-        returns W + s·ΔW, which stands for the weight in any other use.
+        returns W + s·ΔW, which stands for it in any use that is not served.
+    stock
+        called with (op, x, W, b) for a stock operation on it: returns its adapted output. None: W + s·ΔW serves.
+    turned
+        brings it into the order (out, in, *k).
+    embedding
+        called with (ids, W, padding_idx), likewise.
     bias
         the layer's own, if it has one.
     shift
@@ -62,25 +64,53 @@ class Intercept(TorchFunctionMode):
     ``learns`` says whether any use of the weight had gradients enabled.
     """
 
-    def __init__(
-        self,
-        name: str,
-        is_weight: Callable[[Tensor], bool],
-        turned: Callable[[Tensor], Tensor],
-        stock: StockCall,
-        embedding: Callable[..., Tensor],
-        effective: Callable[[Tensor], Tensor],
-        bias: Tensor | None,
-        shift: Callable[[Tensor | None], Tensor | None],
-    ) -> None:
+    name: str
+    is_weight: Callable[[Tensor], bool]
+    effective: Callable[[Tensor], Tensor]
+    stock: StockCall | None = None
+    turned: Callable[[Tensor], Tensor] = lambda weight: weight
+    embedding: Callable[..., Tensor] | None = None
+    bias: Tensor | None = None
+    shift: Callable[[Tensor | None], Tensor | None] = lambda bias: bias
+    served: int = 0
+    replaced: int = 0
+    shifted: int = 0
+    learns: bool = False
+    _values: dict[bool, Tensor] = field(default_factory=dict)
+
+    @property
+    def used(self) -> bool:
+        return bool(self.served or self.replaced)
+
+    def serve(self, call: Callable[[], Tensor]) -> Tensor:
+        self.served += 1
+        self.learns |= torch.is_grad_enabled()
+        return call()
+
+    def value(self, weight: Tensor, detached: bool) -> Tensor:
+        """W + s·ΔW, computed once with a graph and once without, at most."""
+        self.replaced += 1
+        grad = torch.is_grad_enabled()
+        self.learns |= grad and not detached
+        if grad not in self._values:
+            self._values[grad] = self.effective(weight)
+        return self._values[grad]
+
+    def of_call(self, bias: Tensor | None) -> Tensor | None:
+        """The bias of a stock call: with the shift, unless it was computed from one that has it."""
+        return bias if self.bias is not None and bias is not self.bias else self.with_shift(bias)
+
+    def with_shift(self, bias: Tensor | None) -> Tensor | None:
+        self.shifted += 1
+        return self.shift(bias)
+
+
+class Intercept(TorchFunctionMode):
+    """Puts deltas into the forward that runs inside it, by a `Watch` for each weight."""
+
+    def __init__(self, *watches: Watch) -> None:
         super().__init__()
-        self.name = name
-        self.is_weight, self.turned = is_weight, turned
-        self.stock, self.embedding, self.effective = stock, embedding, effective
-        self.bias, self.shift = bias, shift
-        self.served = self.replaced = self.shifted = 0
-        self.learns = False
-        self._values: dict[bool, Tensor] = {}
+        self.watches = watches
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -88,72 +118,78 @@ class Intercept(TorchFunctionMode):
         kwargs = kwargs or {}
         if name_of(func) in METADATA:
             return func(*args, **kwargs)
-        call = self._stock_call(func, args, kwargs)
-        if call is not None:
-            self.served += 1
-            self.learns |= torch.is_grad_enabled()
-            return call()
+        found = self._stock_call(func, args, kwargs)
+        if found is not None:
+            watch, call = found
+            return watch.serve(call)
         self._refuse_writes(func, args, kwargs)
         detached = name_of(func) in ("data", "detach")
         return func(*self._substituted(args, detached), **self._substituted(kwargs, detached))
+
+    def _of(self, value: Any) -> Watch | None:
+        if isinstance(value, Tensor):
+            for watch in self.watches:
+                if watch.is_weight(value):
+                    return watch
+        return None
 
     def _refuse_writes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A write would go to W + s·ΔW, for the moment, and be lost, or carry ΔW into W for good."""
         name = getattr(func, "__name__", "")
         writes = name == "__set__" or (name.endswith("_") and not name.startswith("__")) or name in _IN_PLACE_OPERATORS
-        if (writes and args and self._matches(args[0])) or self._matches(kwargs.get("out")):
+        watch = (self._of(args[0]) if writes and args else None) or self._of(kwargs.get("out"))
+        if watch is not None:
             raise RuntimeError(
-                f"{self.name}: {name} writes to its weight in the forward, where the delta is a part of it"
+                f"{watch.name}: {name} writes to its weight in the forward, where the delta is a part of it"
             )
 
-    def _stock_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Tensor] | None:
-        """The adapted form of a stock operation on the weight, or None if this call is not one."""
+    def _stock_call(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Watch, Callable[[], Tensor]] | None:
+        """The adapted form of a stock operation on a weight, or None if this call is not one."""
         if func is F.linear:
             x, weight, bias = _bound(("input", "weight", "bias"), args, kwargs)
-            return (lambda: self.stock(LINEAR, x, weight, self._shifted(bias))) if self._matches(weight) else None
-        if func is torch.addmm and not kwargs and len(args) == 3 and self._matches(args[2]):
+            return self._product(LINEAR, x, weight, bias)
+        if func is torch.addmm and not kwargs and len(args) == 3:
             bias, x, weight = args
-            if isinstance(bias, Tensor) and bias.ndim == 1 and self.turned(weight) is not weight:
-                return lambda: self.stock(ADDMM, x, self.turned(weight), self._shifted(bias))
+            watch = self._of(weight)
+            if watch is not None and isinstance(bias, Tensor) and bias.ndim == 1:
+                turned = watch.turned(weight)
+                return None if turned is weight else self._product(ADDMM, x, weight, bias, turned)
             return None
         if func in _CONVOLUTIONS:
             names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
             x, weight, bias, stride, padding, dilation, groups = _bound(names, args, kwargs)
-            if not self._matches(weight):
+            if self._of(weight) is None:
                 return None
-            op = _conv_op(_CONVOLUTIONS[func], weight, stride, padding, dilation, groups)
-            return lambda: self.stock(op, x, weight, self._shifted(bias))
-        if func is F.embedding:
-            ids, weight, *rest = _bound(
-                ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
-                args,
-                kwargs,
+            return self._product(
+                _conv_op(_CONVOLUTIONS[func], weight, stride, padding, dilation, groups), x, weight, bias
             )
-            return (lambda: self.embedding(ids, weight, rest[0])) if self._matches(weight) else None
+        if func is F.embedding:
+            ids, weight, padding_idx = _bound(("input", "weight", "padding_idx"), args, kwargs)
+            watch = self._of(weight)
+            embedding = None if watch is None else watch.embedding
+            if watch is not None and embedding is not None:
+                return watch, lambda: embedding(ids, weight, padding_idx)
         return None
 
-    def _matches(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and self.is_weight(value)
-
-    def _shifted(self, bias: Tensor | None) -> Tensor | None:
-        """The bias of a stock call: with the shift, unless it was computed from one that has it."""
-        if self.bias is not None and bias is not self.bias:
-            return bias
-        self.shifted += 1
-        return self.shift(bias)
+    def _product(
+        self, op: Op, x: Tensor, weight: Any, bias: Tensor | None, turned: Tensor | None = None
+    ) -> tuple[Watch, Callable[[], Tensor]] | None:
+        watch = self._of(weight)
+        stock = None if watch is None else watch.stock
+        if watch is None or stock is None:
+            return None
+        return watch, lambda: stock(op, x, weight if turned is None else turned, watch.of_call(bias))
 
     def _substituted(self, value: Any, detached: bool) -> Any:
         if isinstance(value, Tensor):
-            if value is self.bias:
-                return self._shifted(value)
-            if not self.is_weight(value):
-                return value
-            self.replaced += 1
-            grad = torch.is_grad_enabled()
-            self.learns |= grad and not detached
-            if grad not in self._values:
-                self._values[grad] = self.effective(value)
-            return self._values[grad]
+            for watch in self.watches:
+                if value is watch.bias:
+                    return watch.with_shift(value)
+                if watch.is_weight(value):
+                    return watch.value(value, detached)
+            return value
         if type(value) in (list, tuple):
             return type(value)(self._substituted(v, detached) for v in value)
         if type(value) is dict:

@@ -26,7 +26,8 @@ class Kind:
     """A kind of layer: how its weight is called, laid out and used. This one is of modules without one to act on."""
 
     name = "module"
-    """For `DeltaConfig.refuses`: "linear", "conv", "embedding", "attention", "quantised", "norm" or "module"."""
+    """For `DeltaConfig.refuses`: "linear", "conv", "embedding", "attention", "quantised", "norm", "module" or
+    "parameter" (of a module that is no layer)."""
     weight_name = ""
     opaque = False
     """The weight is not there as plain numbers (quantised): only y = base(x) + s·ΔW·x is possible."""
@@ -193,6 +194,11 @@ def is_opaque(module: nn.Module) -> bool:
     return not weight.is_floating_point() or not (type(weight) is nn.Parameter or is_sharded(weight))
 
 
+def is_foreign(tensor: Tensor) -> bool:
+    """Of a type that is none of PyTorch's own: quantised by another library, as a rule."""
+    return type(tensor).__module__.partition(".")[0] != "torch"
+
+
 def kind_of(module: nn.Module) -> Kind:
     """The kind of a layer. Raises TypeError with the reason where it has no weight that a delta could act on."""
     _check_initialised(module)
@@ -222,8 +228,10 @@ def kind_of(module: nn.Module) -> Kind:
             raise TypeError(f"this {describe(module)} has no weight")
         kind = NORM
     else:
+        keys = [key for key, parameter in module._parameters.items() if parameter is not None and parameter.ndim > 1]
         raise TypeError(
             f"{type(module).__name__} is not a Linear, Conv1d to Conv3d, Conv1D, Embedding, attention or normalisation"
+            + (f"; target_parameters can name its {', '.join(keys)}" if keys else "")
         )
     if parametrize.is_parametrized(module, kind.weight_name) and not kind.stock(module):
         raise TypeError(f"this {type(module).__name__} has a parametrised weight and a forward of its own")

@@ -24,13 +24,14 @@ from flora.deltas import Delta, OutputDelta, Site, WeightDelta
 from flora.distributed import is_sharded
 from flora.effective import effective_weight
 from flora.functional import compute_dtype, exact
-from flora.intercept import Intercept
+from flora.intercept import Intercept, Watch
 from flora.kinds import (
     ATTENTION,
     EMBEDDING,
     MODULE,
     NORM,
     TRANSPOSED,
+    Kind,
     delta_shape,
     describe,
     is_adaptable,
@@ -89,7 +90,7 @@ class AdaptedLayer(nn.Module):
     def __init__(self, base_layer: nn.Module, *, name: str = "") -> None:
         super().__init__()
         try:
-            kind = kind_or_module(base_layer)
+            kind = self._kind_of(base_layer)
         except TypeError as error:
             raise TypeError(f"{name or describe(base_layer)} cannot be adapted: {error}") from None
         self.name = name
@@ -102,13 +103,30 @@ class AdaptedLayer(nn.Module):
         self._combined: _Parameters = {}  # the merged ones
         self.reached = False
         self.shape = kind.shape(base_layer)
-        self.base_layer = base_layer
+        self._hold(base_layer)
         self.deltas = nn.ModuleDict()
         self.training = base_layer.training
         self._merge_again = False  # set while a state is loaded into a merged layer
         self.register_load_state_dict_post_hook(_merge_again)  # type: ignore[no-untyped-call]
-        for parameter in base_layer.parameters(recurse=kind not in (ATTENTION, MODULE)):
+
+    # What is otherwise where the weight is a parameter of a module that is no layer ----------------------------------
+
+    def _kind_of(self, base_layer: nn.Module) -> Kind:
+        return kind_or_module(base_layer)
+
+    def _hold(self, base_layer: nn.Module) -> None:
+        self.base_layer = base_layer
+        for parameter in base_layer.parameters(recurse=self._kind not in (ATTENTION, MODULE)):
             parameter.requires_grad_(False)
+
+    def _unfit(self, config: DeltaConfig) -> str | None:
+        return unfit(self.base_layer, config)
+
+    def _undroppable(self, config: DeltaConfig) -> str | None:
+        return undroppable(self.base_layer, config)
+
+    def _site(self, config: DeltaConfig, shapes_only: bool) -> Site:
+        return site_of(self.base_layer, config, self._label, shapes_only)
 
     # Deltas ---------------------------------------------------------------------------------------------------------
 
@@ -126,13 +144,13 @@ class AdaptedLayer(nn.Module):
         check_adapter_name(adapter)
         if adapter in self.deltas:
             raise ValueError(f"{self._label}: there is already an adapter named {adapter!r}")
-        reason = unfit(self.base_layer, config)
+        reason = self._unfit(config)
         if reason is not None:
             raise TypeError(f"{self._label} cannot be adapted: {reason}")
-        reason = undroppable(self.base_layer, config)
+        reason = self._undroppable(config)
         if reason is not None:
             raise ValueError(f"{self._label}: {reason}")
-        delta = _deltas.build(config, site_of(self.base_layer, config, self._label, shapes_only))
+        delta = _deltas.build(config, self._site(config, shapes_only))
         if isinstance(delta, WeightDelta) and not self._kind.shiftable and delta.bias_update(None) is not None:
             raise TypeError(
                 f"{self._label} cannot be adapted: the bias of {describe(self.base_layer)} cannot be updated"
@@ -291,7 +309,7 @@ class AdaptedLayer(nn.Module):
         base, grad = self.base_layer, torch.is_grad_enabled()
         y, watch = self._watched(deltas, args, kwargs)
         problem = None
-        if not watch.served and not watch.replaced:
+        if not watch.used:
             problem = f"never used its {self._kind.weight_name}, so the delta would have no effect"
         elif grad and not watch.learns and any(p.requires_grad for d in deltas for p in d.parameters()):
             problem = (
@@ -310,7 +328,7 @@ class AdaptedLayer(nn.Module):
 
     def _watched(
         self, deltas: Sequence[WeightDelta], args: tuple[Any, ...], kwargs: dict[str, Any], drop: bool = True
-    ) -> tuple[Any, Intercept]:
+    ) -> tuple[Any, Watch]:
         """The base's output with the deltas in it, and what became of its weight on the way."""
         base, name = self.base_layer, self._kind.weight_name
 
@@ -335,8 +353,8 @@ class AdaptedLayer(nn.Module):
 
             own = base._parameters.get("bias", base.__dict__.get("bias"))
             bias = own if isinstance(own, Tensor) else None
-            watch = Intercept(self._label, is_weight, self._kind.turned, stock, embedding, effective, bias, shift)
-            with watch:
+            watch = Watch(self._label, is_weight, effective, stock, self._kind.turned, embedding, bias, shift)
+            with Intercept(watch):
                 y = base(*args, **kwargs)
         return y, watch
 

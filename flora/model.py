@@ -23,8 +23,9 @@ from flora.deltas import Delta
 from flora.distributed import check_whole, settle
 from flora.kinds import is_product
 from flora.layers import AdaptedLayer, check_adapter_name
+from flora.parameters import AdaptedModule, AdaptedParameter
 from flora.saved import SavedModule
-from flora.targets import Configs, Place, Selection, Target, distinct, inside, places, select
+from flora.targets import Configs, Place, Selection, Target, distinct, inside, joined, places, select
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -58,9 +59,14 @@ class State:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """The adapted layers by their (first) names in the unadapted model."""
-    found = distinct(place for place in places(model) if isinstance(place.module, AdaptedLayer))
-    return {target.name: cast(AdaptedLayer, target.module) for target in found}
+    """The adapted layers and parameters by their (first) names in the unadapted model."""
+    layers: dict[str, AdaptedLayer] = {}
+    for target in distinct(places(model)):
+        if isinstance(target.module, AdaptedLayer):
+            layers[target.name] = target.module
+        elif isinstance(target.module, AdaptedModule):
+            layers.update({joined(target.name, key): each for key, each in target.module.adapted.items()})
+    return layers
 
 
 def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
@@ -89,12 +95,19 @@ def state_of(model: nn.Module) -> State:
         }
         first = next(iter(configs.values()))
         if all(config == first for config in configs.values()):
-            named = first if "" in configs else replace(first, target_modules=tuple(configs))
+            named = first if "" in configs else replace(first, **_selecting(layers, configs))
             state.adapters[adapter] = Adapter(named, dict.fromkeys(configs, ""))
         else:
             state.adapters[adapter] = Adapter(configs, {name: name for name in configs})
     state.active = tuple(dict.fromkeys(adapter for layer in layers.values() for adapter in layer.active))
     return state
+
+
+def _selecting(layers: Mapping[str, AdaptedLayer], names: Iterable[str]) -> dict[str, Any]:
+    """The fields of a configuration that select exactly these layers and parameters."""
+    parameters = {name for name in names if isinstance(layers[name], AdaptedParameter)}
+    modules = tuple(name for name in names if name not in parameters)
+    return {"target_modules": modules, "target_parameters": tuple(parameters) or None}
 
 
 def check_adapter(state: State, name: str) -> None:
@@ -252,15 +265,28 @@ def install(
                 undo.callback(module.copies.__delitem__, name)
         if first and dtype is not None:
             half.cast((target.original for target in distinct(places(model))), dtype, undo)
+        owners: dict[int, AdaptedModule] = {}
         for target in selection.layers:
-            if not isinstance(target.module, AdaptedLayer):
-                layers[target.name] = AdaptedLayer(target.original, name=target.name)
-            layer = cast(AdaptedLayer, layers[target.name])
+            if target.parameter:
+                if id(target.original) not in owners:
+                    owners[id(target.original)] = _owner(target)
+                owner = layers[target.name] = owners[id(target.original)]
+                new = target.parameter not in owner.adapted
+                layer: AdaptedLayer = (
+                    owner.add(target.parameter, target.name) if new else owner.adapted[target.parameter]
+                )
+                if new and owner is target.module:
+                    undo.callback(owner.remove, target.parameter)
+            else:
+                if not isinstance(target.module, AdaptedLayer):
+                    layers[target.name] = AdaptedLayer(target.original, name=target.name)
+                layer = cast(AdaptedLayer, layers[target.name])
+                new = layer is not target.module
             assert target.config is not None
             deltas[target.name] = layer.add_delta(
                 name, target.config, trainable=trainable, shapes_only=fill is not None
             )
-            if layer is target.module:
+            if not new:
                 undo.callback(layer.delete_delta, name)
         if fill is not None:
             fill(deltas, copies)
@@ -271,9 +297,9 @@ def install(
                 delta.set_trainable(False)
 
         for target in (*selection.layers, *selection.saved):
-            new = layers.get(target.name) or saved[target.name]
+            standing = layers.get(target.name) or saved[target.name]
             for place in target.places:
-                place.put(new)
+                place.put(standing)
                 undo.callback(place.put, place.module)
         adapter = Adapter(
             _without_functions(config, selection),
@@ -290,6 +316,13 @@ def install(
     _set_state(model, state)
     _activate(model, state.active)
     _hold_base(model)
+
+
+def _owner(target: Target) -> AdaptedModule:
+    """What stands, or will stand, for the module of a parameter."""
+    if isinstance(target.module, AdaptedModule):
+        return target.module
+    return AdaptedModule(target.original, name=target.places[0].name)
 
 
 def _is_head(model: nn.Module, target: Target, saved: Sequence[Target]) -> bool:
@@ -313,7 +346,7 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for place in places(model):
         for key, parameter in place.original._parameters.items():
             if parameter is not None:
-                yield (f"{place.name}.{key}" if place.name else key), parameter
+                yield joined(place.name, key), parameter
 
 
 def _without_functions(config: Configs, selection: Selection) -> Configs:
@@ -321,7 +354,9 @@ def _without_functions(config: Configs, selection: Selection) -> Configs:
 
     def named(own: DeltaConfig) -> DeltaConfig:
         if callable(own.target_modules):
-            own = replace(own, target_modules=tuple(target.name for target in selection.layers))
+            own = replace(own, target_modules=tuple(t.name for t in selection.layers if not t.parameter))
+        if callable(own.target_parameters):
+            own = replace(own, target_parameters=tuple(t.name for t in selection.layers if t.parameter))
         return replace(own, exclude_modules=None) if callable(own.exclude_modules) else own
 
     if isinstance(config, Mapping):
@@ -521,12 +556,20 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             del module.copies[name]
     for place in list(places(model)):
         standing = place.module
-        if isinstance(standing, AdaptedLayer | SavedModule):
-            left = standing.deltas if isinstance(standing, AdaptedLayer) else standing.copies
-            if not left:
-                place.put(standing.base_layer)
+        if isinstance(standing, AdaptedModule):
+            for key in [key for key, parameter in standing.adapted.items() if not parameter.deltas]:
+                standing.remove(key)
+        if isinstance(standing, AdaptedLayer | AdaptedModule | SavedModule) and not _held(standing):
+            place.put(standing.base_layer)
     _activate(model, state.active)
     _hold_base(model)
+
+
+def _held(standing: AdaptedLayer | AdaptedModule | SavedModule) -> Any:
+    """What adapters have put on it."""
+    if isinstance(standing, SavedModule):
+        return standing.copies
+    return standing.deltas if isinstance(standing, AdaptedLayer) else standing.adapted
 
 
 # Merging -----------------------------------------------------------------------------------------------------------
@@ -604,9 +647,13 @@ def unload(model: nn.Module, merge: bool = True) -> nn.Module:
     plain: dict[int, nn.Module] = {}
     for place in reversed(list(places(model))):  # children first
         standing = place.module
-        if isinstance(standing, AdaptedLayer | SavedModule) and id(standing) not in plain:
+        if isinstance(standing, AdaptedLayer | AdaptedModule | SavedModule) and id(standing) not in plain:
             if isinstance(standing, AdaptedLayer):
                 plain[id(standing)] = standing.unload(merge)
+            elif isinstance(standing, AdaptedModule):
+                for adapted in standing.adapted.values():
+                    adapted.unload(merge)
+                plain[id(standing)] = standing.base_layer
             else:
                 standing.enabled = True
                 plain[id(standing)] = standing.current if merge else standing.base_layer

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from flora.intercept import Intercept
+from flora.intercept import Intercept, Watch
 from flora.ops import NormOp
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
@@ -78,16 +78,15 @@ def _with_weight(module: nn.Module, x: Tensor, value: float) -> Tensor:
     def never(*_: Any) -> Tensor:
         raise TypeError("a product")
 
-    watch = Intercept(
+    watch = Watch(
         type(module).__name__,
         lambda t: t is weight,
-        lambda t: t,
-        never,
-        never,
         lambda t: other,
-        bias,
-        lambda t: None if t is None else torch.zeros(t.shape),
+        never,
+        embedding=never,
+        bias=bias,
+        shift=lambda t: None if t is None else torch.zeros(t.shape),
     )
-    with watch:
+    with Intercept(watch):
         y: Tensor = module.forward(x)
     return y

@@ -26,6 +26,7 @@ from flora.deltas.tucker import Factored
 from flora.distributed import whole
 from flora.kinds import CONV, EMBEDDING, TRANSPOSED, kind_of
 from flora.layers import AdaptedLayer
+from flora.parameters import AdaptedModule
 from flora.saved import SavedModule
 from flora.targets import distinct, inside, near_misses, places
 
@@ -282,6 +283,10 @@ def contents(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, 
     deltas: dict[str, Factored] = {}
     whole: dict[str, nn.Module] = {}
     for target in targets:
+        if isinstance(target.module, AdaptedModule):
+            for parameter in target.module.adapted.values():
+                if adapter in parameter.deltas:
+                    raise ValueError(f"{parameter.name}: PEFT has no Tucker update of a parameter")
         if isinstance(target.module, AdaptedLayer) and adapter in target.module.deltas:
             deltas[target.name] = _factored(target.name, target.module.deltas[adapter])
         elif isinstance(target.module, SavedModule) and adapter in target.module.copies:

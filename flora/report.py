@@ -217,7 +217,7 @@ def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
         name: tuple(other for other in names if other != name)
         for names in shared
         for name in names
-        if name.rpartition(".")[0] in adapted
+        if name in adapted or name.rpartition(".")[0] in adapted
     }
 
 

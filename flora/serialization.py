@@ -28,7 +28,7 @@ from flora.config import DeltaConfig, TuckerConfig
 from flora.deltas import Delta
 from flora.distributed import check_not_flattened, mesh_of, model_class, on_first_rank, settle, whole
 from flora.folders import inner_file, recover, replace_folder
-from flora.kinds import delta_shape
+from flora.kinds import is_foreign
 from flora.layers import check_adapter_name
 from flora.model import Adapter, adapted_layers, check_adapter, check_model, disabled, install, saved_modules, state_of
 from flora.targets import Configs, by_pattern, inside, places, select_named
@@ -278,9 +278,15 @@ def fingerprint(
     return Fingerprint(
         model_class(model).__name__,
         {key: tuple(tensor.shape) for key, tensor in tensors.items()},
-        {key: str(dtype).removeprefix("torch.") for key, dtype in dtypes.items()},
+        {key: _dtype_name(tensors[key], dtype) for key, dtype in dtypes.items()},
         digests,
     )
+
+
+def _dtype_name(tensor: Tensor, dtype: torch.dtype) -> str:
+    """float32, or float32_Int8Tensor for one of a library's own type, whose numbers are others."""
+    name = str(dtype).removeprefix("torch.")
+    return f"{name}_{type(tensor).__name__}" if is_foreign(tensor) else name
 
 
 def base_tensors(model: nn.Module, leave_out: Sequence[str] = ()) -> Iterator[tuple[str, Tensor]]:
@@ -306,8 +312,19 @@ def _every_name(model: nn.Module, first_names: Mapping[str, nn.Module]) -> list[
 def _digest(key: str, tensor: Tensor) -> str:
     if tensor.is_meta:
         raise ValueError(f"{key} is on the meta device and has no values to hash")
-    raw = whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(raw.numpy().data).hexdigest()
+    digest = hashlib.sha256()
+    for part in _plain_parts(whole(tensor.detach())):
+        digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _plain_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor, or those that one of a library's own type consists of."""
+    if not is_foreign(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+        yield from _plain_parts(getattr(tensor, name))
 
 
 def _check_finite(where: str, tensors: Mapping[str, Tensor]) -> None:
@@ -570,7 +587,7 @@ def _load_folder(
         selection = select_named(model, layers, file.saved)
         for target in selection.layers:
             assert target.config is not None
-            shape, entry = delta_shape(target.original, target.config), file.layers[target.name]
+            shape, entry = target.shape(target.config), file.layers[target.name]
             if shape != entry.shape:
                 raise ValueError(f"{target.name}: its weight is {shape}, the adapter is for {entry.shape}")
         fill = filler(file.tensors, {key: entry.scale for key, entry in file.layers.items()})

@@ -1,4 +1,4 @@
-"""Which modules of a model a configuration means. Nothing here changes a model."""
+"""Which modules and parameters of a model a configuration means. Nothing here changes a model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,18 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from flora.config import DeltaConfig, Targets, is_suffix, matches
-from flora.kinds import describe, is_adaptable, refusal, unfit
-from flora.layers import AdaptedLayer
+from flora.config import DeltaConfig, ParameterTargets, Targets, is_suffix, matches
+from flora.deltas import Site
+from flora.kinds import delta_shape, describe, is_adaptable, is_foreign, refusal, unfit
+from flora.layers import AdaptedLayer, site_of
 from flora.outputs import NEVER_CALLED
+from flora.parameters import (
+    AdaptedModule,
+    parameter_site,
+    refused_owner,
+    undroppable_parameter,
+    unfit_parameter,
+)
 from flora.saved import SavedModule
 
 Configs = DeltaConfig | Mapping[str, DeltaConfig]
@@ -30,14 +38,16 @@ class Place:
     name: str
     """Its dotted name in the unadapted model; "" for the root."""
     module: nn.Module
-    """What is registered there: the original, or the AdaptedLayer or SavedModule that stands for it."""
+    """What is registered there: the original, or the AdaptedLayer, AdaptedModule or SavedModule that stands for it."""
     parent: nn.Module | None
     key: str
 
     @property
     def original(self) -> nn.Module:
         """The module of the unadapted model."""
-        return self.module.base_layer if isinstance(self.module, AdaptedLayer | SavedModule) else self.module
+        if isinstance(self.module, AdaptedLayer | AdaptedModule | SavedModule):
+            return self.module.base_layer
+        return self.module
 
     def put(self, module: nn.Module) -> None:
         """Register another module here."""
@@ -47,20 +57,30 @@ class Place:
 
 @dataclass(frozen=True)
 class Target:
-    """One module, wherever it is registered."""
+    """One module, or one parameter of a module, wherever the module is registered."""
 
     name: str
     """Its first name."""
     places: list[Place]
+    """Of the module."""
     config: DeltaConfig | None = None
     """For a layer to adapt: its own configuration, patterns applied."""
     pattern: str = ""
     """For a layer to adapt: the pattern of the mapping that it matched; "" if one configuration serves all."""
+    parameter: str = ""
+    """The parameter's name in its module; "" for a module."""
 
     @property
     def original(self) -> nn.Module:
         """The module of the unadapted model."""
         return self.places[0].original
+
+    @property
+    def held(self) -> nn.Parameter:
+        """The parameter itself."""
+        held = self.original._parameters[self.parameter]
+        assert held is not None
+        return held
 
     @property
     def module(self) -> nn.Module:
@@ -69,7 +89,21 @@ class Target:
 
     def any(self, test: Callable[[str], bool]) -> bool:
         """Whether one of its names passes a test."""
-        return any(test(place.name) for place in self.places)
+        return any(test(joined(place.name, self.parameter)) for place in self.places)
+
+    def own(self, config: DeltaConfig) -> DeltaConfig:
+        """A configuration for this one alone, its patterns applied."""
+        return config.for_parameter(self.name) if self.parameter else config.for_module(self.name)
+
+    def shape(self, config: DeltaConfig) -> tuple[int, ...]:
+        """The shape of what the configuration's delta stands for: a weight's, or a block's matrix."""
+        return tuple(self.held.shape) if self.parameter else delta_shape(self.original, config)
+
+    def site(self, config: DeltaConfig) -> Site:
+        """What the configuration's delta has to know of it; which fits."""
+        if self.parameter:
+            return parameter_site(self.original, self.parameter, self.name)
+        return site_of(self.original, config, self.name)
 
 
 @dataclass(frozen=True)
@@ -90,9 +124,14 @@ def places(model: nn.Module) -> Iterator[Place]:
         parent = place.original
         for key, child in parent._modules.items():
             if child is not None:
-                yield from walk(Place(f"{place.name}.{key}" if place.name else key, child, parent, key))
+                yield from walk(Place(joined(place.name, key), child, parent, key))
 
     return walk(Place("", model, None, ""))
+
+
+def joined(name: str, key: str) -> str:
+    """A module's dotted name and the name of something in it."""
+    return f"{name}.{key}" if name and key else name or key
 
 
 def distinct(found: Iterable[Place]) -> list[Target]:
@@ -119,19 +158,21 @@ def by_pattern(config: Configs) -> dict[str, DeltaConfig]:
     for pattern, own in config.items():
         if not isinstance(pattern, str) or not pattern:
             raise ValueError(f"pattern={pattern!r} must be a string that is not empty")
-        if own.target_modules != "all":
-            raise ValueError(f"pattern={pattern!r}: target_modules={own.target_modules!r} must be left to the pattern")
+        for what, default in (("target_modules", "all"), ("target_parameters", None)):
+            if getattr(own, what) != default:
+                raise ValueError(f"pattern={pattern!r}: {what}={getattr(own, what)!r} must be left to the pattern")
         replace(own, target_modules=pattern)  # checks the regex
     return dict(config)
 
 
 def select(model: nn.Module, config: Configs) -> Selection:
-    """Find the modules that a configuration, or a mapping of patterns to configurations, means.
+    """Find the modules and parameters that a configuration, or a mapping of patterns to configurations, means.
 
     Args:
         model: may already have adapters; names are those of the unadapted model.
         config: in a mapping each key stands for ``target_modules``: a regex that must match the whole name, a dotted
-            suffix, or "all"; the first that matches counts.
+            suffix, or "all"; the first that matches counts. One that matches no module stands for
+            ``target_parameters``.
 
     Raises:
         TypeError, ValueError: as `by_pattern`; a name or pattern that matches nothing, with its near misses; a layer
@@ -144,31 +185,42 @@ def select(model: nn.Module, config: Configs) -> Selection:
     saved_names = {place.name for target in saved for place in target.places}
     layers: dict[str, Target] = {}
     left_alone: dict[str, tuple[str, str]] = {}
+    parameters = _parameters(model)
     for pattern, own in configs.items():
-        what, wanted = (f"pattern={pattern!r}", pattern) if pattern else _shown("target_modules", own.target_modules)
+        what, wanted = f"pattern={pattern!r}", pattern or own.target_modules
+        found: list[Target] = []
         if pattern:
-            found = _pattern_matches(pattern, candidates, own)
-        else:
+            found = _pattern_matches(pattern, candidates, parameters, own)
+        elif own.target_modules != ():
+            what = _shown("target_modules", own.target_modules)
             found = _matches(what, own.target_modules, candidates, own)
-        _check_layers(what, wanted, found, candidates, own)
+        if not any(target.parameter for target in found):
+            _check_layers(what, wanted, found, candidates, own)
+        named = [(target, what, wanted == "all") for target in found]
+        if own.target_parameters is not None:
+            what = _shown("target_parameters", own.target_parameters)
+            matched = _parameter_matches(what, own.target_parameters, parameters)
+            named += [(target, what, own.target_parameters == "all") for target in matched]
         excluded = _excluded(own, candidates)
         chosen: list[str] = []
-        for target in found:
+        for target, what, by_all in named:
             if target.name in layers or target.any(lambda name: inside(name, saved_names)):
                 continue
-            reason = "it is excluded" if target.name in excluded else _refusal(target, closed, own)
+            out = target.name in excluded or (target.parameter and target.name.rpartition(".")[0] in excluded)
+            reason = "it is excluded" if out else _refusal(target, closed, own)
             if reason is None:
-                layers[target.name] = replace(target, config=own.for_module(target.name), pattern=pattern)
+                layers[target.name] = replace(target, config=target.own(own), pattern=pattern)
                 chosen.append(target.name)
-            elif target.name not in excluded and wanted != "all" and _has_weight(target.original):
+            elif not out and not by_all and (target.parameter or _has_weight(target.original)):
                 raise ValueError(f"{target.name}: {what} names it, but {reason}")
-            else:
+            elif not target.parameter:
                 left_alone.setdefault(target.name, (describe(target.original), reason))
         if not chosen:
             reasons = sorted({reason for _, reason in left_alone.values()})
             raise ValueError(f"{what} leaves nothing to adapt" + (f": {'; '.join(reasons)}" if reasons else ""))
         _check_patterns(own, chosen)
-    _sweep(left_alone, candidates, layers, saved_names, closed, configs.values())
+    _check_apart(layers)
+    _sweep(left_alone, candidates, _taken(layers.values()), saved_names, closed, configs.values())
     return Selection(list(layers.values()), saved, left_alone)
 
 
@@ -185,10 +237,13 @@ def select_named(model: nn.Module, layers: Mapping[str, tuple[DeltaConfig, str]]
     candidates = _candidates(model)
     closed = _closed(candidates)
     by_name = {place.name: target for target in candidates for place in target.places}
+    parameters = {
+        joined(place.name, target.parameter): target for target in _parameters(model) for place in target.places
+    }
     for name in (*layers, *saved):
-        if name not in by_name:
+        target = by_name.get(name) or (parameters.get(name) if name in layers else None)
+        if target is None:
             raise ValueError(f"the model has no module {name!r}{near_misses(name, by_name)}")
-        target = by_name[name]
         reason = _unsavable(target, closed) if name in saved else _refusal(target, closed, layers[name][0])
         if reason is not None:
             raise ValueError(f"{name}: it is in the file, but {reason}")
@@ -198,10 +253,12 @@ def select_named(model: nn.Module, layers: Mapping[str, tuple[DeltaConfig, str]]
     for name, (config, pattern) in layers.items():
         if inside(name, saved_names):
             raise ValueError(f"{name}: the file adapts it and trains it whole, too")
-        chosen.append(replace(by_name[name], name=name, config=config, pattern=pattern))
+        target = by_name.get(name) or parameters[name]
+        chosen.append(replace(target, name=name, config=config, pattern=pattern))
+    _check_apart({target.name: target for target in chosen})
     left_alone: dict[str, tuple[str, str]] = {}
     kinds = {type(config): config for config, _ in layers.values()}
-    _sweep(left_alone, candidates, {by_name[name].name for name in layers}, saved_names, closed, kinds.values())
+    _sweep(left_alone, candidates, _taken(chosen), saved_names, closed, kinds.values())
     return Selection(chosen, whole, left_alone)
 
 
@@ -232,9 +289,56 @@ def _candidates(model: nn.Module) -> list[Target]:
     return distinct(p for p in places(model) if p.name and "parametrizations" not in p.name.split("."))
 
 
+def _parameters(model: nn.Module) -> list[Target]:
+    """Every parameter of every module, but of those that compute a parametrised weight."""
+    return [
+        replace(target, name=joined(target.name, key), parameter=key)
+        for target in distinct(p for p in places(model) if "parametrizations" not in p.name.split("."))
+        for key, parameter in target.original._parameters.items()
+        if parameter is not None
+    ]
+
+
+def _parameter_matches(what: str, targets: ParameterTargets, parameters: list[Target]) -> list[Target]:
+    """The parameters that a selection means; ValueError if it, or one name of it, means none."""
+    if callable(targets):
+        found = [t for t in parameters if any(targets(joined(p.name, t.parameter), t.held) for p in t.places)]
+    elif targets == "all":
+        found = [target for target in parameters if sum(extent > 1 for extent in target.held.shape) > 2]
+        found = [target for target in found if _unfit_parameter(target) is None]
+    else:
+        return _named(what, targets, parameters, parameters, "parameter")
+    if not found:
+        raise ValueError(f"{what} matches no parameter{near_misses('', _suggested(parameters))}")
+    return found
+
+
+def _suggested(parameters: Iterable[Target]) -> list[str]:
+    return [target.name for target in parameters if _unfit_parameter(target) is None]
+
+
+def _unfit_parameter(target: Target) -> str | None:
+    if target.places[0].parent is None:
+        return "it is the model's own, which has no place where something could stand for it"
+    return refused_owner(target.original, target.parameter)
+
+
+def _check_apart(layers: Mapping[str, Target]) -> None:
+    """Raises ValueError for a parameter of a module that is adapted itself."""
+    modules = {id(target.original): target.name for target in layers.values() if not target.parameter}
+    for target in layers.values():
+        if target.parameter and id(target.original) in modules:
+            raise ValueError(f"{target.name}: its module {modules[id(target.original)]} is adapted itself")
+
+
 def _closed(candidates: Iterable[Target]) -> set[str]:
     """The names of the modules that some adapter trains whole."""
     return {p.name for target in candidates for p in target.places if isinstance(p.module, SavedModule)}
+
+
+def _taken(layers: Iterable[Target]) -> set[str]:
+    """The first names of the modules that are adapted, or some of whose parameters are."""
+    return {target.places[0].name for target in layers}
 
 
 def _sweep(
@@ -254,58 +358,72 @@ def _sweep(
             left_alone.setdefault(target.name, (describe(target.original), str(reason)))
 
 
-def _shown(what: str, targets: Targets) -> tuple[str, Targets]:
-    value = getattr(targets, "__qualname__", repr(targets)) if callable(targets) else repr(targets)
-    return f"{what}={value}", targets
+def _shown(what: str, targets: Targets | ParameterTargets) -> str:
+    return f"{what}={getattr(targets, '__qualname__', repr(targets)) if callable(targets) else repr(targets)}"
 
 
 def _matches(what: str, targets: Targets, candidates: list[Target], config: DeltaConfig | None = None) -> list[Target]:
     """The candidates that a selection means, "all" by its configuration; ValueError if it or one name means none."""
-    names = [target.name for target in candidates if _has_weight(target.original)]
     if callable(targets):
         found = [target for target in candidates if any(targets(p.name, p.original) for p in target.places)]
     elif targets == "all":
         found = [target for target in candidates if config is not None and is_adaptable(target.original, config)]
-    elif isinstance(targets, str):
-        found = [target for target in candidates if target.any(partial(_is_whole, targets))]
     else:
+        weighty = [target for target in candidates if _has_weight(target.original)]
+        return _named(what, targets, candidates, weighty, "module")
+    if not found:
+        names = [target.name for target in candidates if _has_weight(target.original)]
+        raise ValueError(f"{what} matches no module{near_misses('', names)}")
+    return found
+
+
+def _named(
+    what: str, targets: str | Sequence[str], candidates: Sequence[Target], likely: Sequence[Target], kind: str
+) -> list[Target]:
+    """The candidates that a regex or names mean; ValueError, with near misses among the likely ones, if one is none."""
+    names = [target.name for target in likely]
+    if not isinstance(targets, str):
         found = []
         for suffix in targets:
             hits = [target for target in candidates if target.any(partial(is_suffix, suffix))]
             if not hits:
-                raise ValueError(f"{what}: {suffix!r} matches no module{near_misses(suffix, names)}")
+                raise ValueError(f"{what}: {suffix!r} matches no {kind}{near_misses(suffix, names)}")
             found += hits
+        return found
+    found = [target for target in candidates if target.any(partial(_is_whole, targets))]
     if found:
         return found
-    if not isinstance(targets, str) or targets == "all":
-        raise ValueError(f"{what} matches no module{near_misses('', names)}")
     if any(target.any(partial(is_suffix, targets)) for target in candidates):
-        hint = f"; the list [{targets!r}] means every module that has this name or whose name ends in it"
+        hint = f"; the list [{targets!r}] means every {kind} that has this name or whose name ends in it"
     else:
         hint = near_misses(targets, names)
-    raise ValueError(f"{what} matches no module: a string is a regex that must match the whole name{hint}")
+    raise ValueError(f"{what} matches no {kind}: a string is a regex that must match the whole name{hint}")
 
 
 def _is_whole(pattern: str, name: str) -> bool:
     return re.fullmatch(pattern, name) is not None
 
 
-def _pattern_matches(pattern: str, candidates: list[Target], config: DeltaConfig) -> list[Target]:
+def _pattern_matches(
+    pattern: str, candidates: list[Target], parameters: list[Target], config: DeltaConfig
+) -> list[Target]:
+    """The modules that a mapping's pattern means, or the parameters if it means no module."""
     if pattern == "all":
         return _matches("pattern='all'", "all", candidates, config)
-    found = [target for target in candidates if target.any(partial(matches, pattern))]
-    if not found:
-        names = [target.name for target in candidates if _has_weight(target.original)]
-        raise ValueError(f"pattern={pattern!r} matches no module{near_misses(pattern, names)}")
-    return found
+    for pool in (candidates, parameters):
+        found = [target for target in pool if target.any(partial(matches, pattern))]
+        if found:
+            return found
+    names = [target.name for target in candidates if _has_weight(target.original)] + _suggested(parameters)
+    raise ValueError(f"pattern={pattern!r} matches no module{near_misses(pattern, names)}")
 
 
 def _excluded(config: DeltaConfig, candidates: list[Target]) -> set[str]:
     """First names of the modules that are excluded, by themselves or with a module that holds them."""
     if config.exclude_modules is None:
         return set()
-    what, targets = _shown("exclude_modules", config.exclude_modules)
-    heads = {place.name for target in _matches(what, targets, candidates, config) for place in target.places}
+    what, wanted = _shown("exclude_modules", config.exclude_modules), config.exclude_modules
+    heads = {place.name for target in _matches(what, wanted, candidates, config) for place in target.places}
     return {target.name for target in candidates if target.any(lambda name: inside(name, heads))}
 
 
@@ -328,8 +446,11 @@ def _unsavable(target: Target, closed: Collection[str]) -> str | None:
         return f"a {describe(module)} is never called; name the modules in it"
     if not any(True for _ in module.parameters()):
         return f"this {describe(module)} has no parameters"
-    held = isinstance(target.module, AdaptedLayer) or target.any(lambda name: inside(name.rpartition(".")[0], closed))
-    if held or any(isinstance(inner, AdaptedLayer | SavedModule) for inner in module.modules()):
+    if any(is_foreign(parameter) for parameter in module.parameters()):
+        return f"this {describe(module)} is quantised, at least in part, and could not be trained whole"
+    held = isinstance(target.module, AdaptedLayer | AdaptedModule)
+    held = held or target.any(lambda name: inside(name.rpartition(".")[0], closed))
+    if held or any(isinstance(inner, AdaptedLayer | AdaptedModule | SavedModule) for inner in module.modules()):
         return "another adapter already holds it or a part of it"
     return None
 
@@ -343,7 +464,16 @@ def _check_patterns(config: DeltaConfig, chosen: list[str]) -> None:
 
 
 def _refusal(target: Target, closed: Collection[str], config: DeltaConfig) -> str | None:
-    return _closed_reason(target, closed) or refusal(target.original, config)
+    reason = _closed_reason(target, closed)
+    if reason is not None:
+        return reason
+    if not target.parameter:
+        held = isinstance(target.module, AdaptedModule)
+        return "another adapter adapts its parameters" if held else refusal(target.original, config)
+    if isinstance(target.module, AdaptedLayer):
+        return "another adapter adapts its module"
+    reason = _unfit_parameter(target) or unfit_parameter(target.original, target.parameter, config)
+    return reason or undroppable_parameter(config)
 
 
 def _closed_reason(target: Target, closed: Collection[str]) -> str | None:

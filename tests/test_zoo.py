@@ -336,8 +336,11 @@ def network(request) -> Network:
     return NETWORKS[request.param]
 
 
-def adapt(model: nn.Module, **options: Any) -> nn.Module:
-    return flora.adapt(model, flora.TuckerConfig(rank=3, scale=2.0, **options))
+def adapt(model: nn.Module) -> nn.Module:
+    """Every layer, and every mixture of experts that is kept in one tensor."""
+    experts = any(parameter.ndim == 3 and "experts" in name for name, parameter in model.named_parameters())
+    target = r".*experts\.(gate_up|down)_proj" if experts else None
+    return flora.adapt(model, flora.TuckerConfig(rank=3, scale=2.0, target_parameters=target))
 
 
 def train(network: Network, model: nn.Module) -> dict[str, int]:
@@ -355,7 +358,7 @@ def train(network: Network, model: nn.Module) -> dict[str, int]:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if parameter.grad is not None:
                 assert parameter.grad.isfinite().all(), name
-                name = name.replace(".base_layer.", ".")
+                name = name.replace(".base_layer.", ".").replace(".adapted_", ".")
                 counts[name] = counts.get(name, 0) + bool(parameter.grad.any())
         optimizer.step()
     model.eval()
@@ -370,9 +373,9 @@ def trained_deltas(network: Network, model: nn.Module) -> None:
         counts = train(network, model)
     idle = []
     for name, layer in adapted_layers(model).items():
-        prefixes = (f"{name}.weight", f"{name}.in_proj_weight", f"{name}.parametrizations.weight")
         deltas = {key: counts.pop(key) for key in list(counts) if key.startswith(f"{name}.deltas.")}
-        if any(count for key, count in used.items() if key.startswith(prefixes)):
+        weights = name, f"{name}.weight", f"{name}.in_proj_weight", f"{name}.parametrizations.weight.original1"
+        if any(used.get(weight) for weight in weights):
             assert len(deltas) == 1 + len(layer.shape), name  # its core and all of its factors
             assert all(deltas.values()), (name, deltas)
         else:

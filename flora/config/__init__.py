@@ -4,7 +4,7 @@ A field that is wrong raises ValueError with the field and its value. Symbols ar
 """
 
 from flora.config.adapter import StructuredAdapterConfig
-from flora.config.base import DeltaConfig, Rank, Targets, first_match, is_suffix, matches
+from flora.config.base import DeltaConfig, ParameterTargets, Rank, Targets, first_match, is_suffix, matches
 from flora.config.lora import LoRAConfig, LoRAXSConfig
 from flora.config.rescale import RescaleConfig
 from flora.config.structured import CirculantConfig, KroneckerConfig, LDRConfig, ToeplitzConfig
@@ -17,6 +17,7 @@ __all__ = [
     "LDRConfig",
     "LoRAConfig",
     "LoRAXSConfig",
+    "ParameterTargets",
     "Rank",
     "RescaleConfig",
     "StructuredAdapterConfig",

@@ -17,8 +17,15 @@ from torch import nn
 
 Rank: TypeAlias = int | tuple[int, ...]
 Targets: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool]
+ParameterTargets: TypeAlias = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
 
 PLANS = ("auto", "fused", "hybrid", "merged")
+
+SELECTORS = (
+    *("target_modules", "target_parameters", "exclude_modules"),
+    *("rank_pattern", "scale_pattern", "modules_to_save"),
+)
+"""The fields that say which layers, and which are otherwise."""
 
 _Value = TypeVar("_Value")
 
@@ -33,7 +40,9 @@ class DeltaConfig:
             ``scale``, nor with a tuple of ranks.
         dropout: probability, in [0, 1), that an element of the delta's input is dropped in training.
         target_modules: "all"; or a sequence of module names or their dotted suffixes; or a regex that must match the
-            whole name; or a function of (name, module).
+            whole name; or a function of (name, module). An empty sequence, with ``target_parameters``: none.
+        target_parameters: parameters of modules that are no layers, as the experts of a mixture in one tensor; the same
+            forms, a function being one of (name, parameter). "all": those of three modes or more above 1.
         exclude_modules: modules left alone, with everything inside them; the same forms.
         rank_pattern: rank by pattern. A pattern is a regex that must match the whole name, or a dotted suffix of it;
             the first that matches counts.
@@ -60,6 +69,7 @@ class DeltaConfig:
     alpha: float | None = None
     dropout: float = 0.0
     target_modules: Targets = "all"
+    target_parameters: ParameterTargets | None = None
     exclude_modules: Targets | None = None
     rank_pattern: Mapping[str, Rank] | None = field(default=None, hash=False)
     scale_pattern: Mapping[str, float] | None = field(default=None, hash=False)
@@ -90,10 +100,12 @@ class DeltaConfig:
             self._fail("plan", f"must be one of {', '.join(PLANS)}")
         if self.plan in ("hybrid", "merged") and self.dropout > 0.0:
             self._fail("plan", f"cannot drop elements of its input: dropout={self.dropout!r} needs auto or fused")
-        self._set("target_modules", self._targets("target_modules", self.target_modules))
-        if self.exclude_modules is not None:
-            empty = is_names(self.exclude_modules) and not self.exclude_modules
-            self._set("exclude_modules", None if empty else self._targets("exclude_modules", self.exclude_modules))
+        for name in ("target_parameters", "exclude_modules"):
+            value = getattr(self, name)
+            empty = value is None or (is_names(value) and not value)
+            self._set(name, None if empty else self._targets(name, value))
+        alone = is_names(self.target_modules) and not self.target_modules and self.target_parameters is not None
+        self._set("target_modules", () if alone else self._targets("target_modules", self.target_modules))
         if self.modules_to_save is not None:
             saved = [self.modules_to_save] if isinstance(self.modules_to_save, str) else self.modules_to_save
             self._set("modules_to_save", self._names("modules_to_save", saved) if saved else None)
@@ -123,11 +135,14 @@ class DeltaConfig:
         own = self
         if self.scale_pattern and (pattern := first_match(self.scale_pattern, name)) is not None:
             own = self.with_scale(self.scale_pattern[pattern])
-        selectors = ("target_modules", "exclude_modules", "rank_pattern", "scale_pattern", "modules_to_save")
-        changes: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self) if f.name in selectors}
+        changes: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self) if f.name in SELECTORS}
         if self.rank_pattern and (pattern := first_match(self.rank_pattern, name)) is not None:
             changes["rank"] = self.rank_pattern[pattern]
         return dataclasses.replace(own, **changes)
+
+    def for_parameter(self, name: str) -> Self:
+        """The config of one parameter of a module that is no layer: as `for_module`."""
+        return self.for_module(name)
 
     def with_scale(self, scale: float) -> Self:
         """The same with this scale, whatever gave it before."""
@@ -158,7 +173,7 @@ class DeltaConfig:
         Raises:
             ValueError: a selection is a function, which cannot be written; replace it by the names that it selected.
         """
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "target_parameters", "exclude_modules"):
             if callable(getattr(self, name)):
                 self._fail(name, "is a function and cannot be written")
         values = {f.name: _to_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
@@ -231,12 +246,13 @@ class DeltaConfig:
         if is_names(value):
             return self._names(name, value)
         if isinstance(value, nn.Module) or not callable(value):
-            self._fail(name, 'must be "all", a sequence of names, a regex or a function of (name, module)')
+            what = name.removeprefix("target_").removesuffix("s") if name == "target_parameters" else "module"
+            self._fail(name, f'must be "all", a sequence of names, a regex or a function of (name, {what})')
         return value  # type: ignore[no-any-return]
 
     def _names(self, name: str, value: Any) -> tuple[str, ...]:
         if not is_names(value) or not value or not all(isinstance(item, str) and item for item in value):
-            self._fail(name, "must name modules")
+            self._fail(name, f"must name {'parameters' if name == 'target_parameters' else 'modules'}")
         return tuple(sorted(value) if isinstance(value, set | frozenset) else value)
 
     def _patterns(self, name: str, check: Callable[[str, Any], _Value]) -> dict[str, _Value] | None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
+from torch import nn
+
 from flora.config.base import DeltaConfig, ranks_up_to
 from flora.config.tucker import ModeRanksConfig
 
@@ -79,6 +81,11 @@ class LoRAXSConfig(ModeRanksConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._flags("singular_values")
+
+    def refuses(self, kind: str, module: nn.Module) -> str | None:
+        if kind == "quantised":
+            return "its fixed factors are those of a weight that is there as plain numbers"
+        return super().refuses(kind, module)
 
     def ranks(self, shape: Sequence[int], name: str = "") -> tuple[int, ...]:
         ranks = super().ranks(shape, name)

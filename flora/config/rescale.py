@@ -45,6 +45,8 @@ class RescaleConfig(DeltaConfig):
     def refuses(self, kind: str, module: nn.Module) -> str | None:
         if kind == "quantised":
             return "its weight must be there as plain numbers"
+        if kind == "parameter" and self.bias:
+            return "it has no bias that a shift could be added to (bias=False has no shift)"
         if kind == "embedding":
             return "its rows are looked up, not multiplied by"
         if kind == "attention":

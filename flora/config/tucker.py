@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
+from torch import nn
+
 from flora.config.base import DeltaConfig, Rank, is_names, ranks_up_to
 
 INITS = ("reference", "orthogonal", "hosvd")
@@ -20,6 +22,9 @@ class ModeRanksConfig(DeltaConfig):
         rank: an int gives the channel modes min(rank, dim); a tuple gives every mode, in weight order (out, in, k…),
             and is exact.
         kernel_rank: the kernel modes get min(kernel_rank, k), unless ``rank`` is a tuple.
+
+    A parameter of a module that is no layer has no kernel: an int gives all of its modes min(rank, dim), so that a
+    mixture's experts, unlike the taps of a kernel, need not be mixtures of few.
     """
 
     rank_by_mode: ClassVar[bool] = True
@@ -33,7 +38,11 @@ class ModeRanksConfig(DeltaConfig):
         self._positive("kernel_rank")
 
     def sizes(self, shapes: Sequence[tuple[int, ...]]) -> Sequence[Mapping[str, Any]]:
-        return ranks_up_to(max(max(shape[:2]) for shape in shapes))
+        return ranks_up_to(max(map(max, shapes)))
+
+    def for_parameter(self, name: str) -> Self:
+        own = super().for_parameter(name)
+        return replace(own, kernel_rank=own.rank) if isinstance(own.rank, int) else own
 
     def with_ranks(self, ranks: tuple[int, ...]) -> Self:
         return replace(self.with_scale(self.resolved_scale), rank=ranks)
@@ -68,11 +77,13 @@ class TuckerConfig(ModeRanksConfig):
     Args:
         rank: an int gives the channel modes min(rank, dim); a tuple gives every mode, in weight order (out, in, k…),
             and is exact.
-        kernel_rank: the kernel modes get min(kernel_rank, k), unless ``rank`` is a tuple.
+        kernel_rank: the kernel modes get min(kernel_rank, k), unless ``rank`` is a tuple. Of a parameter of a module
+            that is no layer all modes get min(rank, dim): a mixture's experts are no kernel.
         init: how the factors start: "reference" (the authors', kaiming normal), "orthogonal" or "hosvd" (the leading
             singular vectors of the weight's unfoldings). The core starts at 0, so that ΔW = 0.
         trainable: which parts learn: "core", "factors" (all of them), or single modes "out", "in", "kernel". It must
-            hold "core": while the core is 0, no factor has a gradient.
+            hold "core": while the core is 0, no factor has a gradient. Of a parameter of a module that is no layer
+            "out", "in" and "kernel" are the first, the second and the other modes.
     """
 
     method: ClassVar[str] = "tucker"
@@ -89,3 +100,8 @@ class TuckerConfig(ModeRanksConfig):
         self._set("trainable", tuple(part for part in PARTS if part in parts))
         if "core" not in self.trainable:
             self._fail("trainable", 'lacks "core", which starts at 0: no factor could ever learn')
+
+    def refuses(self, kind: str, module: nn.Module) -> str | None:
+        if kind == "quantised" and self.init == "hosvd":
+            return 'init="hosvd" needs its weight as plain numbers'
+        return super().refuses(kind, module)
