@@ -206,6 +206,11 @@ def test_several_adapters():
     assert list(layers(model)["fc"].flora_delta) == ["first"]
 
 
+def test_weighted_adapters_are_refused():
+    with pytest.raises(NotImplementedError, match="set_scale"):
+        adapted().add_weighted_adapter(["default"], [1.0], "sum")
+
+
 def test_each_sample_with_its_own_adapter():
     targets = [name for name in ALL if name != "attention"]
     model = adapted(FloraConfig(r=3, target_modules=targets, init_weights=False))

@@ -464,6 +464,13 @@ class FloraModel(BaseTuner):
                     for name, p in list(owner.named_parameters(recurse=False)):
                         setattr(owner, name, nn.Parameter(p.detach().to(dtype), p.requires_grad))
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """A weighted sum of Tucker decompositions is none of the same ranks. Raises NotImplementedError."""
+        raise NotImplementedError(
+            "FLoRA has no add_weighted_adapter; activate the adapters together, base_model.set_adapter([...]), with "
+            "FloraLayer.set_scale as their weights"
+        )
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hands ``adapter_names`` of a call to the layers."""
