@@ -450,6 +450,8 @@ class FloraModel(BaseTuner):
         if isinstance(new_module, FloraLayer):
             super()._replace_module(parent, child_name, new_module, child)
         else:  # the base layer, as it is; PEFT asks each for a `weight`, which an attention has not
+            if isinstance(child, FloraLayer):
+                child._layer.enabled = True  # disabled, a merged layer shows its original weight
             setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
