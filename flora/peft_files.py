@@ -1,9 +1,10 @@
-"""LoRA adapters as Hugging Face PEFT's ``save_pretrained`` writes them: what such a folder means, and how to write one.
+"""Adapters as Hugging Face PEFT's ``save_pretrained`` writes them: what such a folder means, and how to write LoRA's.
 
 ``adapter_config.json`` has PEFT's ``LoraConfig``. ``adapter_model.safetensors`` (in old folders a pickled
 ``adapter_model.bin``) has the tensors ``base_model.model.<module>.lora_A.weight`` (r, d_in) and ``lora_B.weight``
 (d_out, r), of convolutions (r, d_in, k…) and (d_out, r, 1…), of embeddings ``lora_embedding_A`` (r, num) and
-``lora_embedding_B`` (dim, r). Here that is a `LoRADelta`. Nothing of the ``peft`` package itself is needed.
+``lora_embedding_B`` (dim, r). Here that is a `LoRADelta`. `flora.integrations.peft` has PEFT write the tensors of a
+`TuckerDelta`, ``<module>.flora_delta.core`` and so on. Nothing of the ``peft`` package itself is needed.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from flora import reference
-from flora.config import DeltaConfig, LoRAConfig, is_suffix
-from flora.config.base import is_int, is_real
+from flora.config import DeltaConfig, LoRAConfig, TuckerConfig, is_suffix
+from flora.config.base import Rank, is_int, is_real
 from flora.deltas.tucker import Factored
 from flora.distributed import whole
 from flora.kinds import CONV, EMBEDDING, TRANSPOSED, kind_of
@@ -34,9 +35,11 @@ PREFIX = "base_model.model."
 OLD_TENSORS_FILE = "adapter_model.bin"
 
 _KEY = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B)(\.weight)?")
-_MEANT = {
-    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"),
-    *("bias", "init_lora_weights", "fan_in_fan_out"),
+_TUCKER_KEY = re.compile(r"(.+)\.flora_delta\.(core|factors\.\d+)")
+_MEANT = {"peft_type", "r", "rank_pattern", "alpha_pattern", "modules_to_save", "bias"}
+_MEANT_BY_LORA = _MEANT | {"lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "fan_in_fan_out"}
+_MEANT_BY_TUCKER = _MEANT | {
+    *("kernel_rank", "alpha", "scale", "scale_pattern", "dropout", "init_weights", "trainable", "plan"),
 }
 _WITHOUT_EFFECT = {  # on an adapter that is there
     *("task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
@@ -50,9 +53,9 @@ _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 class Translation:
     """What a PEFT folder means in a model."""
 
-    config: LoRAConfig | dict[str, LoRAConfig]
+    config: DeltaConfig | dict[str, DeltaConfig]
     """A mapping of patterns where some layers take no dropout."""
-    layers: dict[str, tuple[LoRAConfig, str]]
+    layers: dict[str, tuple[DeltaConfig, str]]
     """Of each layer by name: its own configuration, and the pattern that it matches."""
     saved: list[str]
     """The modules of ``modules_to_save``."""
@@ -78,71 +81,64 @@ def translate(
         base: its tensors, by name: a file may repeat them (PEFT adds embeddings), but not change them.
 
     Raises:
-        ValueError: a field of the configuration that LoRA on these layers cannot mean, quoted; a key, shape or type
-            that does not fit, naming the module.
+        ValueError: a field of the configuration that LoRA or FLoRA on these layers cannot mean, quoted; a key, shape or
+            type that does not fit, naming the module.
     """
-    fields = _Fields(config)
+    fields = _TuckerFields(config) if config.get("peft_type") == "FLORA" else _LoRAFields(config)
     parts: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        match = _KEY.fullmatch(name)
-        if match is None or bool(match[3]) == match[2].startswith("embedding"):
+        match = fields.key.fullmatch(name)
+        if match is None or not fields.is_own(match):
             others[name] = tensor
         else:
             parts.setdefault(match[1], {})[match[2]] = tensor
     if not parts:
-        raise ValueError("there is no tensor <module>.lora_A.weight")
+        raise ValueError(f"there is no tensor <module>.{fields.first}")
     found: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
+    ranks: dict[str, Rank] = {}
     scales: dict[str, float] = {}
     for where, of_layer in parts.items():
-        _check_attention(where, modules)
+        fields.check(where, modules)
         if where not in modules:
             raise ValueError(
                 f"the model has no module {where!r}{near_misses(where, [name for name in modules if name])}"
             )
-        rank, scale = fields.rank_and_scale(where)
-        for key, tensor in _as_delta(where, modules[where], of_layer, rank).items():
+        ranks[where], scales[where] = fields.rank_and_scale(where, of_layer)
+        for key, tensor in fields.as_delta(where, modules[where], of_layer).items():
             found[f"{where}.{key}"] = tensor
-        ranks[where], scales[where] = rank, scale
     saved = _saved(fields.modules_to_save, others, modules)
     for name, tensor in others.items():
         plain = name.replace(".base_layer.", ".")
         if inside(name, saved):
             found[name] = tensor
         elif plain not in base or not torch.equal(base[plain].detach().cpu().to(tensor.dtype), tensor.cpu()):
-            raise ValueError(f"{name!r} is neither of LoRA nor of modules_to_save, and not the model's own")
+            raise ValueError(f"{name!r} is neither of {fields.name} nor of modules_to_save, and not the model's own")
     return _configured(fields, modules, ranks, scales, saved, found)
 
 
 def _configured(
     fields: _Fields,
     modules: Mapping[str, nn.Module],
-    ranks: Mapping[str, int],
+    ranks: Mapping[str, Rank],
     scales: Mapping[str, float],
     saved: list[str],
     tensors: dict[str, Tensor],
 ) -> Translation:
     """The configuration that gives every layer its rank, scale and dropout."""
-    common = LoRAConfig(
-        rank=fields.rank,
-        alpha=fields.alpha,
-        rank_stabilized=fields.rank_stabilized,
-        dropout=fields.dropout,
-        modules_to_save=saved or None,
-    )
-    undropped = [name for name in ranks if fields.dropout > 0 and not kind_of(modules[name]).droppable]
-    groups = [(fields.dropout, [name for name in ranks if name not in undropped]), (0.0, undropped)]
-    configs: dict[str, LoRAConfig] = {}
-    layers: dict[str, tuple[LoRAConfig, str]] = {}
+    common = replace(fields.common, modules_to_save=saved or None)
+    undropped = [name for name in ranks if common.dropout > 0 and not kind_of(modules[name]).droppable]
+    groups = [(common.dropout, [name for name in ranks if name not in undropped]), (0.0, undropped)]
+    configs: dict[str, DeltaConfig] = {}
+    layers: dict[str, tuple[DeltaConfig, str]] = {}
     for dropout, names in groups:
         if not names:
             continue
         own = replace(
             common,
             dropout=dropout,
-            rank_pattern={re.escape(name): ranks[name] for name in names if ranks[name] != common.rank},
+            rank_pattern={re.escape(n): ranks[n] for n in names if ranks[n] != fields.common_rank(modules[n])},
         )
         other_scales = {name: scales[name] for name in names if own.for_module(name).resolved_scale != scales[name]}
         own = replace(own, scale_pattern={re.escape(name): scale for name, scale in other_scales.items()})
@@ -154,25 +150,26 @@ def _configured(
 
 
 class _Fields:
-    """PEFT's ``LoraConfig``, checked."""
+    """The configuration of one of PEFT's methods, checked."""
+
+    name: ClassVar[str]
+    key: ClassVar[re.Pattern[str]]
+    """Of a tensor without `PREFIX`: the module and the part."""
+    first: ClassVar[str]
+    """The part that each adapted layer has."""
+    meant: ClassVar[set[str]]
+    """The fields that are understood."""
+
+    common: DeltaConfig
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
-        if config.get("peft_type") != "LORA":
-            self._fail("peft_type", "is not the LORA that can be read")
         if config.get("bias", "none") != "none":
             self._fail("bias", "trains biases of the base; only none can be read")
-        if config.get("init_lora_weights", True) not in _PLAIN_INITS:
-            self._fail("init_lora_weights", "changes the base that it is added to; convert it to plain LoRA in PEFT")
         for name, value in config.items():
-            if name not in _MEANT | _WITHOUT_EFFECT and value:
-                self._fail(name, "is not plain LoRA")
-        self.rank = self._rank("r", config.get("r", 8))
-        self.alpha = self._number("lora_alpha", config.get("lora_alpha", 8))
-        self.dropout = self._number("lora_dropout", config.get("lora_dropout", 0.0))
-        self.rank_stabilized = bool(config.get("use_rslora", False))
+            if name not in self.meant | _WITHOUT_EFFECT and value:
+                self._fail(name, f"is not plain {self.name}")
         self._ranks = self._patterns("rank_pattern", self._rank)
-        self._alphas = self._patterns("alpha_pattern", self._number)
         saved = config.get("modules_to_save") or []
         if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
             self._fail("modules_to_save", "must name modules")
@@ -181,10 +178,27 @@ class _Fields:
     def _fail(self, name: str, rule: str, *value: Any) -> NoReturn:
         raise ValueError(f"{name}={value[0] if value else self._config.get(name)!r} {rule}")
 
-    def _rank(self, name: str, value: Any) -> int:
-        if not is_int(value) or value < 1:
-            self._fail(name, "must be a positive int", value)
-        return int(value)
+    def _rank(self, name: str, value: Any) -> Rank:
+        raise NotImplementedError
+
+    def is_own(self, match: re.Match[str]) -> bool:
+        """Whether a name that has the form of `key` is that of a tensor of the method."""
+        return True
+
+    def check(self, where: str, modules: Mapping[str, nn.Module]) -> None:
+        """Raises ValueError for a module on which PEFT's method is no update of the weight."""
+
+    def common_rank(self, module: nn.Module) -> Rank:
+        """The rank that `common` gives to a module."""
+        raise NotImplementedError
+
+    def rank_and_scale(self, where: str, parts: Mapping[str, Tensor]) -> tuple[Rank, float]:
+        """Of one module: the first pattern that ends its name counts, as in PEFT."""
+        raise NotImplementedError
+
+    def as_delta(self, where: str, module: nn.Module, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of one module's delta, by name."""
+        raise NotImplementedError
 
     def _number(self, name: str, value: Any) -> float:
         if not is_real(value):
@@ -203,11 +217,92 @@ class _Fields:
                 raise ValueError(f"{name}={pattern!r} is not a regex: {error}") from error
         return compiled
 
-    def rank_and_scale(self, module: str) -> tuple[int, float]:
-        """Of one module: the first pattern that ends its name counts, as in PEFT."""
-        rank = next((value for pattern, value in self._ranks if pattern.match(module)), self.rank)
-        alpha = next((value for pattern, value in self._alphas if pattern.match(module)), self.alpha)
-        return rank, alpha / (rank**0.5 if self.rank_stabilized else rank)
+
+def _of_pattern(patterns: list[tuple[re.Pattern[str], Any]], module: str, default: Any) -> Any:
+    return next((value for pattern, value in patterns if pattern.match(module)), default)
+
+
+class _LoRAFields(_Fields):
+    """PEFT's ``LoraConfig``."""
+
+    name, key, first, meant = "LoRA", _KEY, "lora_A.weight", _MEANT_BY_LORA
+    common: LoRAConfig
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        if config.get("peft_type") != "LORA":
+            self._fail("peft_type", "is not the LORA or FLORA that can be read")
+        if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+            self._fail("init_lora_weights", "changes the base that it is added to; convert it to plain LoRA in PEFT")
+        super().__init__(config)
+        self._alphas = self._patterns("alpha_pattern", self._number)
+        self.common = LoRAConfig(
+            rank=self._rank("r", config.get("r", 8)),
+            alpha=self._number("lora_alpha", config.get("lora_alpha", 8)),
+            rank_stabilized=bool(config.get("use_rslora", False)),
+            dropout=self._number("lora_dropout", config.get("lora_dropout", 0.0)),
+        )
+
+    def _rank(self, name: str, value: Any) -> int:
+        if not is_int(value) or value < 1:
+            self._fail(name, "must be a positive int", value)
+        return int(value)
+
+    def is_own(self, match: re.Match[str]) -> bool:
+        return bool(match[3]) != match[2].startswith("embedding")
+
+    def check(self, where: str, modules: Mapping[str, nn.Module]) -> None:
+        _check_attention(where, modules)
+
+    def common_rank(self, module: nn.Module) -> int:
+        return self.common.rank
+
+    def rank_and_scale(self, where: str, parts: Mapping[str, Tensor]) -> tuple[int, float]:
+        rank = _of_pattern(self._ranks, where, self.common.rank)
+        alpha = _of_pattern(self._alphas, where, self.common.alpha)
+        return rank, alpha / (rank**0.5 if self.common.rank_stabilized else rank)
+
+    def as_delta(self, where: str, module: nn.Module, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return _as_delta(where, module, parts, _of_pattern(self._ranks, where, self.common.rank))
+
+
+class _TuckerFields(_Fields):
+    """`flora.integrations.peft.FloraConfig`."""
+
+    name, key, first, meant = "FLoRA", _TUCKER_KEY, "flora_delta.core", _MEANT_BY_TUCKER
+    common: TuckerConfig
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        self._alphas = self._patterns("alpha_pattern", self._number)
+        self._scales = self._patterns("scale_pattern", self._number)
+        given = {
+            name: config[name] for name in ("kernel_rank", "scale", "dropout", "trainable", "plan") if name in config
+        }
+        if isinstance(init := config.get("init_weights", True), str):
+            given["init"] = init
+        self._alpha = config.get("alpha")
+        common = TuckerConfig(rank=config.get("r", 16), alpha=self._alpha, **given)
+        self.common = common.with_scale(common.resolved_scale)
+
+    def _rank(self, name: str, value: Any) -> Rank:
+        return TuckerConfig(rank=value).rank
+
+    def common_rank(self, module: nn.Module) -> Rank:
+        return self.common.ranks(kind_of(module).shape(module))
+
+    def rank_and_scale(self, where: str, parts: Mapping[str, Tensor]) -> tuple[Rank, float]:
+        if "core" not in parts:
+            raise ValueError(f"{where}: flora_delta.core is missing")
+        rank = _of_pattern(self._ranks, where, self.common.rank)
+        scale = _of_pattern(self._scales, where, None)
+        alpha = _of_pattern(self._alphas, where, self._alpha) if scale is None else None
+        own = TuckerConfig(rank=rank, alpha=alpha, scale=scale)
+        scaled = scale is not None or alpha is not None
+        return tuple(parts["core"].shape), own.resolved_scale if scaled else self.common.resolved_scale
+
+    def as_delta(self, where: str, module: nn.Module, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(parts)
 
 
 def _as_delta(where: str, module: nn.Module, parts: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ inside, hence the check of its version.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,16 @@ from typing import Any, cast
 import peft
 import torch
 from packaging.version import Version
+from torch import Tensor, nn
+
+OLDEST, TOO_NEW = "0.21.2", "0.22"
+
+if not Version(OLDEST) <= Version(peft.__version__) < Version(TOO_NEW):  # before anything of its inside is imported
+    raise RuntimeError(
+        f"flora.integrations.peft works with peft {OLDEST} to below {TOO_NEW}, and peft {peft.__version__} is installed"
+    )
+
+# ruff: noqa: E402
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -31,7 +42,6 @@ from peft.utils import (
     register_peft_method,
 )
 from peft.utils.other import get_pattern_key
-from torch import Tensor, nn
 
 from flora.config import TuckerConfig
 from flora.deltas import TuckerDelta, WeightDelta
@@ -40,18 +50,6 @@ from flora.kinds import kind_of, unfit
 from flora.layers import AdaptedLayer
 
 __all__ = ["FloraConfig", "FloraLayer", "FloraModel"]
-
-OLDEST, TOO_NEW = "0.21.2", "0.22"
-
-
-def _check_version(version: str) -> None:
-    if not Version(OLDEST) <= Version(version) < Version(TOO_NEW):
-        raise RuntimeError(
-            f"flora.integrations.peft works with peft from {OLDEST} to below {TOO_NEW}; peft {version} is installed"
-        )
-
-
-_check_version(peft.__version__)
 
 
 def _add_type(name: str) -> None:
@@ -202,6 +200,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = extents
         self.cast_input_dtype_enabled = True
         self.merged_adapters = []
+        self._fingerprint = 0  # of the weight as `merge` left it
         self._disable_adapters = False
         self._active_adapter = []
         self.__dict__["_layer"] = layer  # not a child: base and deltas are children already
@@ -339,6 +338,9 @@ class FloraLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Puts the original weight back, bit for bit unless another tuner merged into the same weight meanwhile."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
         self._merge([])
 
     def _merge(self, names: list[str]) -> None:
@@ -352,20 +354,28 @@ class FloraLayer(nn.Module, BaseTunerLayer):
             self._activate(names)
             layer.merge()
             self.merged_adapters = names
+            self._fingerprint = self._hash()
         else:
             self._activate(self.active_adapters)
+
+    def _hash(self) -> int:
+        weight = self._layer._combined[self._layer._kind.weight_name]
+        assert weight is not None
+        return int(torch.hash_tensor(weight.detach()).view(torch.int64).item())
 
     @torch.no_grad()
     def _keep_what_others_merged(self) -> None:
         """Other tuners on the same layer add to its weight in place: to the merged one here, not to the original."""
+        if self._hash() == self._fingerprint:
+            return
         layer = self._layer
         name = layer._kind.weight_name
         original, merged = layer._original[name], layer._combined[name]
+        assert original is not None and merged is not None
+        dtype = compute_dtype(original.dtype)
         with exact(original.device.type):
             alone = layer._effective(original, layer._deltas())
-            if not torch.equal(alone, merged):
-                dtype = compute_dtype(original.dtype)
-                original.copy_(original.to(dtype) + (merged.to(dtype) - alone.to(dtype)))
+            original.copy_(original.to(dtype) + (merged.to(dtype) - alone.to(dtype)))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s·ΔW of one adapter, of the shape of the layer's own weight."""
@@ -407,6 +417,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._layer.merged:  # the original weight, which is no child's
             self._layer._apply(fn, recurse)
+            self._fingerprint = self._hash()
         return self
 
 
@@ -421,7 +432,7 @@ class FloraModel(BaseTuner):
         """Raises what adapting would raise, before any module is replaced."""
         skipped: tuple[str, ...] = ()
         for name, module in model.named_modules():
-            if name.startswith(skipped or ("\0",)):
+            if name.startswith(skipped):
                 continue
             if isinstance(module, BaseTunerLayer):
                 skipped += (f"{name}.",)
@@ -450,6 +461,8 @@ class FloraModel(BaseTuner):
         if isinstance(new_module, FloraLayer):
             super()._replace_module(parent, child_name, new_module, child)
         else:  # the base layer, as it is; PEFT asks each for a `weight`, which an attention has not
+            if isinstance(child, FloraLayer):
+                child._layer.enabled = True  # disabled, a merged layer shows its original weight
             setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -463,6 +476,13 @@ class FloraModel(BaseTuner):
                 for owner in layer.flora_delta[adapter_name].modules():
                     for name, p in list(owner.named_parameters(recurse=False)):
                         setattr(owner, name, nn.Parameter(p.detach().to(dtype), p.requires_grad))
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """A weighted sum of Tucker decompositions is none of the same ranks. Raises NotImplementedError."""
+        raise NotImplementedError(
+            "FLoRA has no add_weighted_adapter; activate the adapters together, base_model.set_adapter([...]), with "
+            "FloraLayer.set_scale as their weights"
+        )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
