@@ -87,9 +87,7 @@ def twin_grads(
 # Which plan --------------------------------------------------------------------------------------------------------
 
 
-def resolve_plan(
-    op: Op, x: Any, weight: Tensor, parts: Parts | Tucker, plan: str, dropout: float, grad: bool
-) -> str:
+def resolve_plan(op: Op, x: Any, weight: Tensor, parts: Parts | Tucker, plan: str, dropout: float, grad: bool) -> str:
     """The plan that runs: ``plan`` itself, or for "auto" the cheapest by `flora.plan` of those that are possible.
 
     hybrid and merged need the same x for W and ΔW: with dropout hybrid becomes fused and merged becomes separate. Below

@@ -11,4 +11,14 @@ FORMS: dict[str, type[Form]] = {
 }
 """The forms that the operators of `flora.library` know, by name."""
 
-__all__ = ["FORMS", "DenseForm", "Form", "KroneckerForm", "Parts", "RescaleForm", "ToeplitzForm", "Tucker", "TuckerForm"]
+__all__ = [
+    "FORMS",
+    "DenseForm",
+    "Form",
+    "KroneckerForm",
+    "Parts",
+    "RescaleForm",
+    "ToeplitzForm",
+    "Tucker",
+    "TuckerForm",
+]
