@@ -54,7 +54,7 @@ from flora.passes import (
     with_effective,
 )
 
-_FLORA = torch.library.Library("flora", "DEF")
+_FLORA: Any = torch.library.Library("flora", "DEF")  # type: ignore[no-untyped-call]
 _DELTA = "Tensor[] parameters, bool[] given, str form, float scale"
 _OPERATION = "int[] stride, int[] padding, int[] dilation, int groups, str padding_mode"
 _ITS_DEFAULT = 'int[] stride=[], int[] padding=[], int[] dilation=[], int groups=1, str padding_mode="zeros"'
@@ -186,11 +186,9 @@ class _Call:
 
     def base(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
         """What the update is added to: the base's output, or zeros."""
-        y: Tensor
         if weight is None:
-            y = self.op.empty_output(x, shape[0], tuple(shape[2:]))
-        else:
-            y = self.op.base(x, weight, bias)
+            return self.op.empty_output(x, shape[0], tuple(shape[2:]))
+        y: Tensor = self.op.base(x, weight, bias)
         return y
 
 
@@ -418,8 +416,8 @@ def _backward(
             assert source is not None
             dx = torch.zeros_like(like, memory_format=torch.contiguous_format) if needs[0] else None
             dropped = source if kept is None else source * kept
-            d_tensors = form.update_backward(op, dx, dy, dropped, h, tensors, needs[3:])
-            found = (dx if dx is None or kept is None else dx * kept, None, None, *d_tensors)
+            learned = form.update_backward(op, dx, dy, dropped, h, tensors, needs[3:])
+            found = (dx if dx is None or kept is None else dx * kept, None, None, *learned)
         else:
             assert weight is not None
             if plan == "fused":
@@ -541,7 +539,7 @@ def _weight_backward(dw: Tensor, weight: Tensor | None, shape: Sequence[int], *e
         if dw.is_cpu:
             found = weight_backward(call.form, alone, needs, dw.resolve_neg(), weight, call.tensors)
         else:
-            found = twin_grads(lambda w, *t: call.form.delta(w, t), (weight, *call.tensors), needs, dw)  # type: ignore[assignment]
+            found = tuple(twin_grads(lambda w, *t: call.form.delta(w, t), (weight, *call.tensors), needs, dw))
             if needs[0] and not alone:
                 found = (dw if found[0] is None else dw + found[0], *found[1:])
         likes = (weight if weight is not None else dw, *call.tensors)
@@ -595,11 +593,11 @@ def _weight_grads(alone: bool) -> Callable[[Any, Tensor], tuple[Any, ...]]:
 def _plain_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int], *encoded: Any
 ) -> tuple[Tensor, Tensor]:
-    *encoded, _, dropout, _, _ = encoded  # type: ignore[assignment]
+    encoded, dropout = encoded[:-4], encoded[-3]
     if weight is None:
-        y = _update(x, None, shape, *encoded, dropout)
+        y = _update(x, None, shape, *encoded, dropout=dropout)
     else:
-        y = _adapted(x, weight, bias, *encoded, "auto", dropout)
+        y = _adapted(x, weight, bias, *encoded, dropout=dropout)
     return y, tensors_like(x, encoded[0])
 
 

@@ -1,4 +1,4 @@
-"""torch.ops.flora: every operator by PyTorch's own checks, beside the twin, and on devices that the kernels do not know."""
+"""torch.ops.flora: every operator by PyTorch's own checks, beside the direct path, and on devices without kernels."""
 
 from itertools import product
 
@@ -143,7 +143,7 @@ def by_operator_update(op, x, weight, shape, parts):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_second_derivative_of_an_operator(form):
-    op, x, weight, bias = inputs_of("linear", torch.float64)
+    _, x, weight, bias = inputs_of("linear", torch.float64)
     parts = parts_of(form, weight.shape, torch.float64)
     encoded = library._encoded(*parts)
 
