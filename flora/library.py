@@ -595,9 +595,9 @@ def _plain_forward(
 ) -> tuple[Tensor, Tensor]:
     encoded, dropout = encoded[:-4], encoded[-3]
     if weight is None:
-        y = _update(x, None, shape, *encoded, dropout=dropout)
+        y = _update(x, None, shape, *encoded, dropout=dropout)  # type: ignore[misc]
     else:
-        y = _adapted(x, weight, bias, *encoded, dropout=dropout)
+        y = _adapted(x, weight, bias, *encoded, dropout=dropout)  # type: ignore[misc]
     return y, tensors_like(x, encoded[0])
 
 

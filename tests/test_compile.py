@@ -409,11 +409,43 @@ def test_copies_of_a_compiled_model():
 @pytest.mark.parametrize("method", METHODS)
 def test_adapting_a_model_on_the_meta_device(method, tmp_path):
     trained, x = network(METHODS[method]), torch.randn(2, 4, 6, 6)
+    base = flora.unload(network(METHODS[method]), merge=False).state_dict()
+    expected = trained(x)
     flora.save_adapter(trained, tmp_path / "adapter")
-    state = {k: v.clone() for k, v in trained.state_dict().items()}
     with torch.device("meta"):
         empty = network(METHODS[method])
     assert all(p.is_meta for p in empty.parameters())
     assert empty(x.to("meta")).shape == (2, 8, 6)
-    empty.to_empty(device="cpu").load_state_dict(state)
-    torch.testing.assert_close(empty(x), trained(x))
+    empty.to_empty(device="cpu").load_state_dict(trained.state_dict())
+    torch.testing.assert_close(empty(x), expected)
+
+    with torch.device("meta"):
+        plain = flora.unload(network(METHODS[method]), merge=False)
+    plain.to_empty(device="cpu").load_state_dict(base)
+    loaded = flora.load_adapter(plain, tmp_path / "adapter")
+    torch.testing.assert_close(loaded.train(trained.training)(x), expected)
+
+
+@pytest.mark.parametrize(
+    "config", [flora.TuckerConfig(rank=2, init="hosvd"), flora.LoRAXSConfig(rank=2)], ids=["hosvd", "lora-xs"]
+)
+def test_a_start_that_needs_the_weights_values_is_refused_on_meta(config):
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(6, 8))
+    with pytest.raises((ValueError, RuntimeError), match="^0: .*values"):
+        flora.adapt(net, config)
+    assert type(net[0]) is nn.Linear
+
+
+def test_a_model_that_transformers_has_not_loaded_yet():
+    """As under ``init_empty_weights`` and ``low_cpu_mem_usage``: assigned parameters take the empty ones' place."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.ViTConfig(image_size=16, patch_size=8, **sizes)
+    torch.manual_seed(0)
+    full = randomised(flora.adapt(transformers.ViTForImageClassification(config), flora.TuckerConfig(rank=3)))
+    with torch.device("meta"):
+        empty = flora.adapt(transformers.ViTForImageClassification(config), flora.TuckerConfig(rank=3))
+    empty.load_state_dict(full.state_dict(), assign=True)
+    x = torch.randn(1, 3, 16, 16)
+    torch.testing.assert_close(empty.eval()(x).logits, full.eval()(x).logits)

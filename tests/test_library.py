@@ -7,13 +7,17 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flora
 from flora import functional, library
 from flora.forms import FORMS, DenseForm, Parts
 from flora.ops import LINEAR, ConvOp
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # PyTorch's own
+pytestmark = [  # PyTorch's own warnings
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec:FutureWarning"),
+]
 
 LAYERS = {
     "linear": (LINEAR, (4, 3, 12), (8, 12)),
@@ -235,3 +239,153 @@ def test_a_form_from_outside_is_traced_in_plain_pytorch():
         lambda x: functional.adapted(LINEAR, x, weight, bias, parts), backend="aot_eager", fullgraph=True
     )
     torch.testing.assert_close(run(x), LINEAR.base(x, weight + 2 * parts.tensors[0], bias), rtol=1e-4, atol=1e-4)
+
+
+def test_the_operators_of_a_lowered_program_batch():
+    """A program that was exported and lowered holds ``adapted_forward`` itself."""
+    layer = flora.wrap(nn.Linear(6, 8), flora.TuckerConfig(rank=2))
+    nn.init.normal_(layer.deltas["default"].core)
+    x = torch.randn(4, 3, 6)
+    program = torch.export.export(layer, (x[0],)).run_decompositions().module()
+    torch.testing.assert_close(torch.func.vmap(program)(x), layer(x))
+
+
+# Other devices ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """As on a device that has no kernels."""
+    monkeypatch.setattr(functional, "takes", lambda *args: False)
+
+
+def kept_for_backward(run):
+    """Outputs of ``run`` and the shapes and dtypes of what it leaves for backward."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = run()
+    return y, kept
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("form, layer", short())
+def test_another_device_computes_the_same(form, layer, dropout, monkeypatch):
+    op, x, weight, bias = inputs_of(layer)
+    parts = parts_of(form, weight.shape)
+    inputs = [x, weight.requires_grad_(), bias.requires_grad_(), *parts.tensors]
+
+    def gradients():
+        torch.manual_seed(2)
+        y = functional.adapted(op, x, weight, bias, parts, dropout=dropout)
+        return y.detach(), *torch.autograd.grad(y.square().sum(), inputs)
+
+    expected = gradients()
+    monkeypatch.setattr(functional, "takes", lambda *args: False)
+    for ours, theirs in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+    torch.manual_seed(2)
+    with torch.no_grad():  # as reentrant checkpointing runs it first
+        again = functional.adapted(op, x, weight, bias, parts, dropout=dropout)
+    torch.testing.assert_close(again, expected[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["linear", "conv2d"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_another_device_keeps_x_and_nothing_of_its_size(case, dropout, elsewhere):
+    op, x, weight, bias = inputs_of(case)
+    parts = parts_of("tucker", weight.shape)
+    _, kept = kept_for_backward(lambda: functional.adapted(op, x, weight, bias, parts, dropout=dropout))
+    large = [t for t in kept if t.numel() >= x.numel() // 2 and t.data_ptr() != weight.data_ptr()]
+    assert [t.data_ptr() for t in large] == [x.data_ptr()]
+    parts.tensors[2].requires_grad_(False)  # then x is not needed, and not kept
+    _, kept = kept_for_backward(lambda: functional.adapted(op, x.detach(), weight, bias, parts))
+    assert x.data_ptr() not in [t.data_ptr() for t in kept]
+
+
+@pytest.mark.parametrize("case", ["linear", "conv2d"])
+def test_second_derivatives_on_another_device(case, elsewhere):
+    op, x, weight, bias = inputs_of(case, torch.float64)
+    parts = parts_of("tucker", weight.shape, torch.float64)
+
+    def run(x, *tensors):
+        return functional.adapted(op, x, weight, bias, Parts(parts.form, tensors))
+
+    assert torch.autograd.gradcheck(run, (x, *parts.tensors), fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, (x, *parts.tensors), fast_mode=True)
+
+
+class Sizes(TorchDispatchMode):
+    """Records every tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {id(a) for a in args}
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, torch.Tensor) and id(t) not in given and not func.is_view:
+                self.made.append(t)
+        return out
+
+
+META = {
+    "tucker": flora.TuckerConfig(rank=4),
+    "lora": flora.LoRAConfig(rank=4),
+    "circulant": flora.CirculantConfig(),
+    "kronecker": flora.KroneckerConfig(rank=4),
+    "ldr": flora.LDRConfig(),
+    "rescale": flora.RescaleConfig(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", META)
+def test_on_meta_tensors_no_update_of_the_weight_is_made(method, dtype):
+    """Shapes and dtypes of a forward and a backward; nothing that is made has ΔW's size."""
+    with torch.device("meta"):
+        base = nn.Linear(256, 512).to(dtype)
+        layer = flora.wrap(base, META[method])
+        x = torch.randn(2, 3, 256, dtype=dtype, requires_grad=True)
+    with Sizes() as sizes:
+        y = layer(x)
+    assert y.shape == (2, 3, 512) and y.dtype == dtype
+    learning = [p for p in layer.parameters() if p.requires_grad]
+    sizes_of = [sizes.made]
+    y, kept = kept_for_backward(lambda: layer(x))
+    with Sizes() as sizes:
+        grads = torch.autograd.grad(y.sum(), (x, *learning))
+    sizes_of.append(sizes.made)
+    assert [g.shape for g in grads] == [t.shape for t in (x, *learning)]
+    assert [g.dtype for g in grads] == [t.dtype for t in (x, *learning)]
+    for made in sizes_of:
+        assert made and all(t.numel() < base.weight.numel() for t in made)
+    assert all(t.dtype == dtype for t in kept if t.numel() == x.numel()), "x is kept in a dtype that it does not have"
+    if dtype == torch.bfloat16 and method in ("tucker", "lora", "kronecker"):
+        with Sizes() as sizes:
+            layer(x)
+        assert not [t for t in sizes.made if t.dtype == torch.float32 and t.shape[0] in (2, 6)]
+
+
+@pytest.mark.parametrize("method", ["tucker", "lora"])
+def test_another_device_keeps_channels_last(method, elsewhere):
+    layer = flora.wrap(nn.Conv2d(64, 96, 3, padding=1), META[method])
+    x = torch.randn(2, 64, 9, 9, requires_grad=True).to(memory_format=torch.channels_last)
+    layer = layer.to(memory_format=torch.channels_last)
+    with Sizes() as sizes:
+        y = layer(x)
+    assert y.shape == (2, 96, 9, 9) and y.is_contiguous(memory_format=torch.channels_last)
+    assert all(t.numel() < layer.base_layer.weight.numel() for t in sizes.made)
+    images = [t for t in sizes.made if t.ndim == 4 and t.shape[0] == 2]
+    assert images and all(t.is_contiguous(memory_format=torch.channels_last) for t in images)
+
+
+def test_operators_on_meta_tensors():
+    op, x, weight, bias = inputs_of("conv2d")
+    parts = parts_of("tucker", weight.shape)
+    args = [t.detach().to("meta").requires_grad_() for t in (x, weight, bias, *parts.tensors)]
+    y = torch.ops.flora.adapted(*args[:3], args[3:], [True] * 5, "tucker", 0.7, *library._operation(op))
+    assert y.is_meta and y.shape == op.base(x, weight, bias).shape
+    grads = torch.autograd.grad(y.sum(), args)
+    assert [g.shape for g in grads] == [a.shape for a in args]
