@@ -84,6 +84,17 @@ def _watched() -> bool:
     )
 
 
+def _transformed(x: Tensor) -> bool:
+    """Whether somebody follows the operations who cannot follow a node of this file that is made of them."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or isinstance(x, FakeTensor)
+    )
+
+
 def _as_operator(x: Tensor, *rest: Tensor | None) -> bool:
     """Whether a watched call becomes one of `flora.library`'s operators: traced by those who take them, on a CPU.
 
@@ -320,23 +331,24 @@ class _Plain(torch.autograd.Function):
         bias: Tensor | None,
         *tensors: Tensor | None,
     ) -> Tensor:
-        ctx.op, ctx.form, ctx.dropout, ctx.seed, ctx.x_like = op, form, dropout, seed(), layout(x)
+        ctx.op, ctx.form, ctx.dropout, ctx.x_like = op, form, dropout, layout(x)
+        ctx.seed = seed() if dropout > 0 else 0
         ctx.save_for_backward(x, weight, bias if ctx.needs_input_grad[5] else None, *tensors)
         return plain(op, x, weight, bias, form, tensors, _kept(x, ctx.x_like, dropout, ctx.seed))
 
     @staticmethod
-    @_exactly
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, *tensors = ctx.saved_tensors
         op, form, needs = ctx.op, ctx.form, ctx.needs_input_grad[3:]
         kept = _kept(x, ctx.x_like, ctx.dropout, ctx.seed)
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy) or _watched():
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy) or _transformed(dy):
 
             def build(x: Tensor, weight: Tensor, bias: Tensor | None, *tensors: Tensor | None) -> Tensor:
                 return plain(op, x, weight, bias, form, tensors, kept)
 
             return None, None, None, *twin_grads(build, (x, weight, bias, *tensors), needs, dy)
-        return None, None, None, *plain_backward(op, form, needs, dy, x, weight, tensors, kept)
+        with exact(x.device.type):
+            return None, None, None, *plain_backward(op, form, needs, dy, x, weight, tensors, kept)
 
 
 def _kept(x: Tensor, layout: Layout, dropout: float, seed: int) -> Tensor | None:
@@ -421,7 +433,7 @@ def _elsewhere(
             return op.base(x, effective_weight(weight, parts), bias)
         delta = delta_weight(weight, parts).to(weight.dtype)
         return op.base(x, weight, bias) + op.base(F.dropout(x, dropout), delta, None)
-    if _watched() or not all(t is None or type(t) in _TRACED for t in (x, weight, bias, *tensors)):
+    if _transformed(x) or not all(t is None or type(t) in _TRACED for t in (x, weight, bias, *tensors)):
         dropped = F.dropout(x, dropout) if dropout > 0 else x
     else:
         learns = [t is not None and t.requires_grad for t in tensors]
@@ -451,7 +463,7 @@ def update(
     if _watched() or not takes(x, None, None, tensors):
         if _as_operator(x, weight, *tensors) and library.knows(form, x, None, None, tensors):
             return library.update(op, x, weight, shape, form, tensors, dropout)
-        watched = _watched() or type(x) not in _TRACED
+        watched = _transformed(x) or type(x) not in _TRACED
         x = F.dropout(x, dropout) if watched and dropout > 0 else x if watched else _dropped(x, dropout)
         return twin(op, x, weight, form, tensors).to(x.dtype)
     x = _dropped(x, dropout)

@@ -6,7 +6,6 @@ what is refused is refused with a reason.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -167,9 +166,11 @@ def _named_padding(padding: str, kernel: tuple[int, ...], dilation: tuple[int, .
     return same_padding(kernel, dilation) if padding == "same" else (0,) * (2 * len(kernel))
 
 
-@lru_cache(maxsize=1024)
 def _both_sides(padding: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(int(p) for p in padding for _ in (0, 1))
+    if len(padding) == 2:  # most of them, at the price of a cache's answer; a cache is a warning under torch.compile
+        height, width = padding
+        return height, height, width, width
+    return tuple(p for p in padding for _ in (0, 1))
 
 
 def _is_conv1d_class(cls: type) -> bool:

@@ -222,13 +222,18 @@ class AdaptedLayer(nn.Module):
         if not self._in_use():
             return base(*args, **kwargs)
         if self.training or torch.is_grad_enabled():  # reentrant checkpointing trains with gradients off at first
-            self.__dict__["reached"] = True
+            self._reach()
         if not self._of_output:
             return self._weight_forward(base, args, kwargs)
         y = self._weight_forward(base, args, kwargs) if self._of_weight else base(*args, **kwargs)
         for block in self._blocks():
             y = self._with_block(y, block)
         return y
+
+    def _reach(self) -> None:
+        self.__dict__["reached"] = True
+
+    _reach._dynamo_marked_constant = True  # type: ignore[attr-defined]  # done while tracing: no effect of the graph's
 
     def _weight_forward(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The base with the active deltas of its weight and bias."""
@@ -403,7 +408,7 @@ class AdaptedLayer(nn.Module):
             if not deltas:
                 return weight
             if torch.is_grad_enabled():
-                self.__dict__["reached"] = True
+                self._reach()
             return self._effective(weight, deltas)
 
         if torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter):

@@ -54,7 +54,7 @@ from flora.passes import (
     with_effective,
 )
 
-_FLORA = torch.library.Library("flora", "DEF")
+_FLORA: Any = torch.library.Library("flora", "DEF")  # type: ignore[no-untyped-call]
 _DELTA = "Tensor[] parameters, bool[] given, str form, float scale"
 _OPERATION = "int[] stride, int[] padding, int[] dilation, int groups, str padding_mode"
 _ITS_DEFAULT = 'int[] stride=[], int[] padding=[], int[] dilation=[], int groups=1, str padding_mode="zeros"'
@@ -63,19 +63,21 @@ _FLORA.define(
     f"adapted(Tensor x, Tensor weight, Tensor? bias, {_DELTA}, {_ITS_DEFAULT}, "
     'str plan="auto", float dropout=0.0) -> Tensor'
 )
-_FLORA.define(f"update(Tensor x, Tensor? weight, int[] shape, {_DELTA}, {_ITS_DEFAULT}, float dropout=0.0) -> Tensor")
-_FLORA.define(f"effective_weight(Tensor weight, {_DELTA}) -> Tensor")
-_FLORA.define(f"delta_weight(Tensor? weight, int[] shape, {_DELTA}) -> Tensor")
 _FLORA.define(
-    f"adapted_forward(Tensor x, Tensor? weight, Tensor? bias, int[] shape, {_DELTA}, {_OPERATION}, "
+    f"update(Tensor x, Tensor? weight, SymInt[] shape, {_DELTA}, {_ITS_DEFAULT}, float dropout=0.0) -> Tensor"
+)
+_FLORA.define(f"effective_weight(Tensor weight, {_DELTA}) -> Tensor")
+_FLORA.define(f"delta_weight(Tensor? weight, SymInt[] shape, {_DELTA}) -> Tensor")
+_FLORA.define(
+    f"adapted_forward(Tensor x, Tensor? weight, Tensor? bias, SymInt[] shape, {_DELTA}, {_OPERATION}, "
     "str plan, float dropout, Tensor? seed, bool keep) -> (Tensor y, Tensor h)"
 )
 _FLORA.define(
-    f"adapted_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? h, int[] shape, {_DELTA}, {_OPERATION}, "
+    f"adapted_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? h, SymInt[] shape, {_DELTA}, {_OPERATION}, "
     "str plan, float dropout, Tensor? seed, SymInt[] x_size, SymInt[] x_stride, bool[] needs) -> Tensor[]"
 )
 _FLORA.define(
-    f"weight_backward(Tensor dw, Tensor? weight, int[] shape, {_DELTA}, bool alone, bool[] needs) -> Tensor[]"
+    f"weight_backward(Tensor dw, Tensor? weight, SymInt[] shape, {_DELTA}, bool alone, bool[] needs) -> Tensor[]"
 )
 
 
@@ -184,11 +186,9 @@ class _Call:
 
     def base(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
         """What the update is added to: the base's output, or zeros."""
-        y: Tensor
         if weight is None:
-            y = self.op.empty_output(x, shape[0], tuple(shape[2:]))
-        else:
-            y = self.op.base(x, weight, bias)
+            return self.op.empty_output(x, shape[0], tuple(shape[2:]))
+        y: Tensor = self.op.base(x, weight, bias)
         return y
 
 
@@ -248,10 +248,18 @@ def _laid(gradient: Tensor | None, like: Tensor) -> Tensor:
 
 @dataclass
 class _Expected:
-    """An activation of the sizes that a compiler expects: what the cost model asks of x."""
+    """A tensor of the sizes that a compiler expects: what the cost model asks for."""
 
     shape: torch.Size
     dtype: torch.dtype
+    requires_grad: bool
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
     def numel(self) -> int:
         return self.shape.numel()
@@ -260,9 +268,9 @@ class _Expected:
         return self.dtype.itemsize
 
 
-def _expected(x: Tensor) -> _Expected:
-    sizes = [n if isinstance(n, int) else optimization_hint(n, fallback=1024) for n in x.shape]
-    return _Expected(torch.Size(sizes), x.dtype)
+def _expected(t: Tensor) -> Any:
+    sizes = [n if isinstance(n, int) else optimization_hint(n, fallback=1024) for n in t.shape]
+    return _Expected(torch.Size(sizes), t.dtype, t.requires_grad)
 
 
 def _seed(dropout: float) -> Tensor | None:
@@ -293,7 +301,10 @@ def _adapted(
         return add_to(call.op.base(x, weight, bias), twin(call.op, dropped, weight, call.form, call.tensors))
     learns = [t is not None and t.requires_grad for t in (x, weight, bias, *parameters)]
     grad = torch.is_grad_enabled() and any(learns)
-    plan = resolve_plan(call.op, _expected(x), weight, Parts(call.form, tuple(call.tensors)), plan, dropout, grad)
+    like = _expected(weight)
+    hinted = _Call.of(like.shape, [_expected(t) for t in parameters], *encoded[1:])
+    parts = Parts(hinted.form, tuple(hinted.tensors))
+    plan = resolve_plan(call.op, _expected(x), like, parts, plan, dropout, grad)
     keep = grad and any(learns[3:])
     y: Tensor
     y, _ = torch.ops.flora.adapted_forward(x, weight, bias, weight.shape, *encoded, plan, dropout, _seed(dropout), keep)
@@ -405,8 +416,8 @@ def _backward(
             assert source is not None
             dx = torch.zeros_like(like, memory_format=torch.contiguous_format) if needs[0] else None
             dropped = source if kept is None else source * kept
-            d_tensors = form.update_backward(op, dx, dy, dropped, h, tensors, needs[3:])
-            found = (dx if dx is None or kept is None else dx * kept, None, None, *d_tensors)
+            learned = form.update_backward(op, dx, dy, dropped, h, tensors, needs[3:])
+            found = (dx if dx is None or kept is None else dx * kept, None, None, *learned)
         else:
             assert weight is not None
             if plan == "fused":
@@ -497,6 +508,10 @@ _NO_INPUT = (
 )
 
 
+def _no_grads(ctx: Any, *gradients: Any) -> Any:
+    raise RuntimeError("the backward operators of flora have no derivative: for a second one, do not compile the first")
+
+
 # The weight alone --------------------------------------------------------------------------------------------------
 
 
@@ -524,7 +539,7 @@ def _weight_backward(dw: Tensor, weight: Tensor | None, shape: Sequence[int], *e
         if dw.is_cpu:
             found = weight_backward(call.form, alone, needs, dw.resolve_neg(), weight, call.tensors)
         else:
-            found = twin_grads(lambda w, *t: call.form.delta(w, t), (weight, *call.tensors), needs, dw)  # type: ignore[assignment]
+            found = tuple(twin_grads(lambda w, *t: call.form.delta(w, t), (weight, *call.tensors), needs, dw))
             if needs[0] and not alone:
                 found = (dw if found[0] is None else dw + found[0], *found[1:])
         likes = (weight if weight is not None else dw, *call.tensors)
@@ -572,6 +587,58 @@ def _weight_grads(alone: bool) -> Callable[[Any, Tensor], tuple[Any, ...]]:
     return grads
 
 
+# Under torch.func ---------------------------------------------------------------------------------------------------
+
+
+def _plain_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int], *encoded: Any
+) -> tuple[Tensor, Tensor]:
+    encoded, dropout = encoded[:-4], encoded[-3]
+    if weight is None:
+        y = _update(x, None, shape, *encoded, dropout=dropout)  # type: ignore[misc]
+    else:
+        y = _adapted(x, weight, bias, *encoded, dropout=dropout)  # type: ignore[misc]
+    return y, tensors_like(x, encoded[0])
+
+
+def _plain_backward(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, h: Tensor | None, shape: Sequence[int], *encoded: Any
+) -> list[Tensor]:
+    parameters, given, *encoded, _, dropout, _, _, _, needs = encoded  # type: ignore[assignment]
+    if x is None:
+        raise RuntimeError(_NO_INPUT)
+    if dropout > 0:
+        raise RuntimeError("a backward with dropout cannot be batched: its mask belongs to one forward")
+
+    def build(x: Tensor, weight: Tensor | None, bias: Tensor | None, *parameters: Tensor) -> Tensor:
+        return _plain_forward(x, weight, bias, shape, parameters, given, *encoded, "", 0.0, None, False)[0]
+
+    bias = dy.new_zeros(shape[0]) if needs[2] else None
+    found = torch.func.vjp(build, x, weight, bias, *parameters)[1](dy)
+    return [d for d, need in zip(found, needs, strict=True) if need]
+
+
+def _plain_effective_weight(weight: Tensor, parameters: Sequence[Tensor], *rest: Any) -> Tensor:
+    call = _Call.of(weight.shape, parameters, *rest)
+    return add_to(weight, call.form.delta(weight, call.tensors))
+
+
+def _plain_delta_weight(weight: Tensor | None, shape: Sequence[int], *encoded: Any) -> Tensor:
+    call = _Call.of(shape, *encoded)
+    return call.form.delta(weight, call.tensors)
+
+
+def _plain_weight_backward(dw: Tensor, weight: Tensor | None, shape: Sequence[int], *encoded: Any) -> list[Tensor]:
+    parameters, given, form, scale, alone, needs = encoded
+
+    def build(weight: Tensor | None, *parameters: Tensor) -> Tensor:
+        delta = _plain_delta_weight(weight, shape, parameters, given, form, scale)
+        return delta if alone or weight is None else add_to(weight, delta)
+
+    found = torch.func.vjp(build, weight, *parameters)[1](dw)
+    return [d for d, need in zip(found, needs, strict=True) if need]
+
+
 # Registration ------------------------------------------------------------------------------------------------------
 
 
@@ -581,15 +648,26 @@ def _register() -> None:
         _FLORA.impl(name, choose, "Autograd")  # above whatever traces, which then sees the operators below
         _FLORA.impl(name, choose, every)  # in inference mode
         torch.library.register_fake(f"flora::{name}", choose, lib=_FLORA)
-    for name, run, fake in (
-        ("adapted_forward", _forward, _fake_forward),
-        ("adapted_backward", _backward, _fake_backward),
-        ("effective_weight", _effective_weight, lambda weight, *encoded: torch.empty_like(weight)),
-        ("delta_weight", _delta_weight, lambda weight, shape, parameters, *rest: parameters[0].new_empty(shape)),
-        ("weight_backward", _weight_backward, _fake_weight_backward),
+        _FLORA.impl(name, choose, "FuncTorchBatchedDecomposition")
+
+    def fake_effective(weight: Tensor, *encoded: Any) -> Tensor:
+        return torch.empty_like(weight)
+
+    def fake_delta(weight: Tensor | None, shape: Sequence[int], parameters: Sequence[Tensor], *rest: Any) -> Tensor:
+        return parameters[0].new_empty(shape)
+
+    for name, run, fake, batched in (
+        ("adapted_forward", _forward, _fake_forward, _plain_forward),
+        ("adapted_backward", _backward, _fake_backward, _plain_backward),
+        ("effective_weight", _effective_weight, fake_effective, _plain_effective_weight),
+        ("delta_weight", _delta_weight, fake_delta, _plain_delta_weight),
+        ("weight_backward", _weight_backward, _fake_weight_backward, _plain_weight_backward),
     ):
         _FLORA.impl(name, run, every)
         torch.library.register_fake(f"flora::{name}", fake, lib=_FLORA)
+        _FLORA.impl(name, batched, "FuncTorchBatchedDecomposition")
+    for name in ("adapted_backward", "weight_backward"):
+        torch.library.register_autograd(f"flora::{name}", _no_grads, lib=_FLORA)
     for name, grads, keep in (
         ("adapted_forward", _grads, _keep_for_backward),
         ("effective_weight", _weight_grads(False), _keep_weight(False)),

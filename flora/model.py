@@ -388,7 +388,7 @@ def hold_eval(module: nn.Module, args: Any) -> None:
 def _watched(model: nn.Module) -> State | None:
     """The state, where this forward is the training step that is to show that it reaches every delta."""
     state: State | None = model.__dict__.get("_flora_state")
-    if state is None or not state.watching or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or state is None or not state.watching:
         return None
     if not model.training or not torch.is_grad_enabled():
         return None

@@ -161,7 +161,6 @@ _CONV = (F.conv1d, F.conv2d, F.conv3d)
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
 
-@lru_cache(maxsize=1024)
 def _split_padding(padding: tuple[int, ...], mode: str) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
     """The symmetric padding that the convolution itself does, and what has to be padded before it, if anything."""
     before, after = padding[::2], padding[1::2]

@@ -258,22 +258,27 @@ def plain_backward(
     needs: Sequence[bool],
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     tensors: Tensors,
     kept: Tensor | None,
 ) -> Gradients:
-    """Gradients of (x, weight, bias, *tensors) of `plain`, whose update is computed a second time; grad mode is off."""
-    dx, dw, db = op.base_backward(dy, x, weight, needs[:3])
-    dw = None if dw is None else dw.to(weight.dtype)
+    """Gradients of (x, weight, bias, *tensors) of `plain`, whose update is computed a second time; grad mode is off.
+
+    Without a weight those of the update alone.
+    """
+    dx = dw = db = None
+    if weight is not None:
+        dx, dw, db = op.base_backward(dy, x, weight, needs[:3])
+        dw = None if dw is None else dw.to(weight.dtype)
     of_weight = needs[1] and form.of_weight
 
-    def build(x: Tensor, weight: Tensor, *tensors: Tensor | None) -> Tensor:
+    def build(x: Tensor, weight: Tensor | None, *tensors: Tensor | None) -> Tensor:
         return twin(op, x if kept is None else x * kept, weight, form, tensors)
 
     wanted = (needs[0], of_weight, *needs[3:])
     d_x, d_weight, *d_tensors = twin_grads(build, (x, weight, *tensors), wanted, dy)
-    if dx is not None and d_x is not None:
-        dx = dx.add_(d_x)
+    if d_x is not None:
+        dx = d_x if dx is None else dx.add_(d_x)
     if dw is not None and d_weight is not None:
         dw = dw.add_(d_weight)
     return dx, dw, db, *d_tensors

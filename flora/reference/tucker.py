@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flora.reference.conv import CONV, pad_input
@@ -18,18 +19,17 @@ from flora.reference.conv import CONV, pad_input
 
 def linear_update(x: Tensor, u_in: Tensor, core: Tensor | None, u_out: Tensor, scale: float) -> Tensor:
     """s·(x·U_in·Gᵀ)·U_outᵀ: x (..., d_in) to (..., d_out), in the factors' dtype. ``core=None`` is the identity."""
-    k = x.to(u_in.dtype) @ u_in
+    k = F.linear(x.reshape(-1, x.shape[-1]).to(u_in.dtype), u_in.mT)
     if core is not None:
-        k = k @ core.mT
-    return scale * (k @ u_out.mT)
+        k = F.linear(k, core)
+    return (scale * F.linear(k, u_out)).view(*x.shape[:-1], len(u_out))
 
 
 def conv_project(x: Tensor, u_in: Tensor | None, groups: int) -> Tensor:
     """The 1×1 convolution of every group's channels by U_inᵀ: (batch, d_in, *in) to (batch, groups·r_in, *in)."""
     if u_in is None:
         return x
-    grouped = x.to(u_in.dtype).reshape(x.shape[0], groups, u_in.shape[0], *x.shape[2:])
-    return torch.einsum("ngc...,cr->ngr...", grouped, u_in).flatten(1, 2)
+    return _pointwise(x.to(u_in.dtype), u_in.mT.repeat(groups, 1), groups)
 
 
 def conv_update(
@@ -57,9 +57,13 @@ def conv_core(h: Tensor, core: Tensor, stride: Sequence[int], dilation: Sequence
 
 def conv_expand(k: Tensor, u_out: Tensor, scale: float, groups: int) -> Tensor:
     """The 1×1 convolution of every group by its rows of U_out: (batch, groups·r_out, *out) to (batch, d_out, *out)."""
-    by_group = u_out.reshape(groups, u_out.shape[0] // groups, u_out.shape[1])
-    k = k.reshape(k.shape[0], groups, u_out.shape[1], *k.shape[2:])
-    return scale * torch.einsum("ngr...,gor->ngo...", k, by_group).flatten(1, 2)
+    return scale * _pointwise(k, u_out, groups)
+
+
+def _pointwise(x: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """The 1×1 convolution of x (batch, channels, *in) by a matrix: it keeps x's layout, channels last or not."""
+    modes = x.ndim - 2
+    return CONV[modes](x, weight.view(*weight.shape, *[1] * modes), None, 1, 0, 1, groups)
 
 
 def mode_product(tensor: Tensor, factor: Tensor, mode: int) -> Tensor:
