@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import secrets
 import sys
 import traceback
 import warnings
@@ -20,13 +21,12 @@ class Ranks:
     """``world`` processes, one thread each, which stay until `close`, so that each imports PyTorch once."""
 
     def __init__(self, world: int, folder: Path) -> None:
-        self.world, self.folder, self.started = world, folder, 0
+        self.world, self.folder = world, folder
         self.processes: list[Any] = []
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self.started += 1
-        store = self.folder / f"store-{self.started}"
+        store = self.folder / f"store-{secrets.token_hex(4)}"  # one that was used before is no meeting place
         self.pipes = []
         for rank in range(self.world):
             ours, theirs = context.Pipe()

@@ -1,5 +1,6 @@
 """Adapters under FSDP2's fully_shard over gloo: frozen and trained parameters mixed, files, checkpoints, refusals."""
 
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -121,13 +122,25 @@ def parameters_of(p):
     return p.detach()
 
 
+@contextmanager
 def kernels_alone():
     """Within it an error comes of whatever is not computed by the kernels."""
-    return mock.patch.multiple(functional, _twin=never, _twin_grads=never)
+    calls = []
 
+    def strictly(name, wanted):
+        decide = getattr(functional, name)
 
-def never(*args):
-    raise AssertionError("the kernels do not serve")
+        def decided(*args):
+            calls.append(name)
+            assert decide(*args) == wanted, f"the kernels do not serve: {name}"
+            return wanted
+
+        return decided
+
+    decisions = {"takes": True, "_watched": False, "_by_twin": False}
+    with mock.patch.multiple(functional, **{name: strictly(name, wanted) for name, wanted in decisions.items()}):
+        yield
+    assert set(calls) == set(decisions)
 
 
 def gradients(config):
@@ -441,7 +454,8 @@ def test_sharded(ranks, case):
     ranks.run(case)
 
 
-@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("reentrant", [False, True])
 def test_a_network_of_transformers_with_activation_checkpointing(ranks, reentrant):
     ranks.run(of_transformers, reentrant)
 
