@@ -1,5 +1,7 @@
 """Adapters under DistributedDataParallel over gloo: several processes compute what one does on the whole batch."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import flora
+from flora import folders
 from flora.serialization import read_adapter
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo")
@@ -175,15 +178,17 @@ def helpers():
     assert "norm a" in flora.ProgressLine(parallel)()
 
 
-def saved_by_all_at_once(folder):
-    """Every rank saves, into one folder and with numbers of its own, many times."""
+def saved_by_all_at_once(folder, exchanges):
+    """Every rank saves, into one folder and with numbers of its own, many times; with two renames, or one exchange."""
     model, rank = adapted(), dist.get_rank()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.fill_(rank)
-    for _ in range(10):
-        flora.save_adapter(model, folder / "adapter", "a")
+                parameter.fill_(rank + 1)
+    exchange = folders._exchange if exchanges else lambda one, other: False
+    with mock.patch.object(folders, "_exchange", exchange):
+        for _ in range(20):
+            flora.save_adapter(model, folder / "adapter", "a")
     dist.barrier()
     values = {float(t.unique()) for t in read_adapter(folder / "adapter").tensors.values()}
     assert len(values) == 1
@@ -224,6 +229,7 @@ def test_in_four_processes(four, case):
     four.run(case)
 
 
-def test_processes_that_save_into_one_folder_at_once_leave_one_adapter(four, tmp_path):
-    four.run(saved_by_all_at_once, tmp_path)
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_processes_that_save_into_one_folder_at_once_leave_one_adapter(four, exchanges, tmp_path):
+    four.run(saved_by_all_at_once, tmp_path, exchanges)
     assert [folder.name for folder in tmp_path.iterdir()] == ["adapter"]
