@@ -30,7 +30,7 @@ def test_the_api_pages_have_every_public_name():
     listed = [name for page in PAGES for name in re.findall(r"^::: (\S+)$", (ROOT / page).read_text(), re.MULTILINE)]
     assert len(listed) == len(set(listed))
     assert {f"flora.{name}" for name in flora.__all__} == {name for name in listed if name.count(".") == 1}
-    for module in ("flora.integrations.transformers",):
+    for module in ("flora.integrations.peft", "flora.integrations.transformers"):
         for name in importlib.import_module(module).__all__:
             assert any(entry.endswith(f".{name}") for entry in listed), f"{module}.{name}"
 

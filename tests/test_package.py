@@ -50,6 +50,7 @@ def tracked():
         return {name for name in listed.split("\0") if name and (ROOT / name).exists()}
     names = {"setup.py", "pyproject.toml", "constraints.txt", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md"}
     names |= {"Makefile", ".ci/run", ".gitignore", ".clang-format", ".pre-commit-config.yaml", "benchmarks/.gitignore"}
+    names |= {"mkdocs.yml"} | names_in(".github", "*.yml") | names_in("examples", "*.ipynb")
     names |= names_in("csrc", "*.[ch]") | names_in("flora", "*.py") | {"flora/_core.pyi", "flora/py.typed"}
     names |= names_in("tests", "*.py") | names_in("tests/golden", "*.npz") | names_in("docs", "*.*")
     return names | names_in("examples", "*.py") | names_in("benchmarks", "*.py")

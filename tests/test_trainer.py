@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
 import yaml
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 import flora
+from flora.integrations.peft import FloraConfig
 from flora.integrations.transformers import AdapterCheckpoints, AdapterTrainer, restore_adapter, write_model_card
 
 CONFIG = flora.TuckerConfig(rank=4, dropout=0.1, modules_to_save=["classifier"])
@@ -44,6 +46,15 @@ MIXTRAL = MixtralConfig(
     num_key_value_heads=2,
     num_local_experts=2,
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Networks so small spend their time on waiting for threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Examples(Dataset):
@@ -101,7 +112,11 @@ def adapter(model):
 MODELS = {
     "bert": (lambda: BertForSequenceClassification(BERT), CONFIG, "classify"),
     "names on disk are others": (lambda: ViTForImageClassification(VIT), CONFIG, "image"),
-    "experts": (lambda: MixtralForCausalLM(MIXTRAL), flora.TuckerConfig(rank=4), "generate"),
+    "experts": (
+        lambda: MixtralForCausalLM(MIXTRAL),
+        flora.TuckerConfig(rank=4, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"]),
+        "generate",
+    ),
     "tied and adapted": (
         lambda: GPT2LMHeadModel(GPT2),
         flora.TuckerConfig(rank=4, target_modules=["c_attn", "lm_head"]),
@@ -192,6 +207,22 @@ def test_several_adapters_are_in_a_checkpoint(tmp_path):
     assert equal(whole, resumed)
     with torch.no_grad():
         assert all(core.abs().max() > 0 for name, core in adapter(whole).items() if name.endswith(".core"))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # what PEFT asks a model
+def test_a_plain_trainer_knows_a_model_of_peft(tmp_path):
+    def fresh():
+        config = FloraConfig(r=4, dropout=0.1, target_modules=["query", "dense"], modules_to_save=["classifier"])
+        return peft.get_peft_model(bert_base(), config)
+
+    torch.manual_seed(0)
+    whole = fresh()
+    torch.manual_seed(1)  # what is loaded is not what is drawn
+    resumed = fresh()
+    trainer(whole, tmp_path / "a", Trainer).train()
+    trainer(resumed, tmp_path / "b", Trainer).train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    assert equal(whole, resumed)
+    assert not list(tmp_path.rglob("model.safetensors"))
 
 
 class Counting(Trainer):
