@@ -275,6 +275,29 @@ def test_every_method_of_matrices_on_a_parameter_of_two_modes():
         assert_close(model(X), before)
 
 
+def test_a_module_in_two_places_and_a_parameter_in_two_modules(tmp_path):
+    def shared():
+        torch.manual_seed(0)
+        first, other = Experts(), Experts()
+        other.router = first.router
+        return nn.Sequential(first, nn.ReLU(), first, other).requires_grad_(False)
+
+    model = filled(flora.adapt(shared(), only("0.up", "0.router")))
+    assert model[0] is model[2]
+    assert flora.summary(model).tied == {"0.router": ("3.router",)}
+    before = model(X)
+    flora.save_adapter(model, tmp_path / "adapter")
+    assert torch.equal(flora.load_adapter(shared(), tmp_path / "adapter")(X), before)
+    flora.merge(model)
+    assert_close(model(X), before)
+    assert model[3].router is not model[0].base_layer.router
+    flora.unmerge(model)
+    assert model[3].router is model[0].base_layer.router
+    plain = flora.unload(model, merge=False)
+    assert plain[0] is plain[2]
+    assert torch.equal(plain(X), shared()(X))
+
+
 class Loop(Experts):
     """Its experts one by one."""
 
