@@ -33,7 +33,11 @@ _CONVOLUTIONS: dict[Any, int] = {
 }
 
 
-_IN_PLACE_OPERATORS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__setitem__"}
+_WRITES = {
+    *("__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__setitem__"),
+    *(name for of in (Tensor, torch, F) for name in dir(of) if name.endswith("_") and not name.endswith("__")),
+}
+"""The functions that write to their first argument: by name, as a compiler can follow."""
 
 
 @dataclass
@@ -77,6 +81,7 @@ class Watch:
     shifted: int = 0
     learns: bool = False
     _values: dict[bool, Tensor] = field(default_factory=dict)
+    _slices: dict[bool, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @property
     def used(self) -> bool:
@@ -95,6 +100,13 @@ class Watch:
         if grad not in self._values:
             self._values[grad] = self.effective(weight)
         return self._values[grad]
+
+    def slice(self, weight: Tensor, index: int) -> Tensor:
+        """(W + s·ΔW)[index], such that all slices have one gradient of W's size between them, not one each."""
+        value, grad = self.value(weight, detached=False), torch.is_grad_enabled()
+        if grad not in self._slices:
+            self._slices[grad] = value.unbind()
+        return self._slices[grad][index]
 
     def of_call(self, bias: Tensor | None) -> Tensor | None:
         """The bias of a stock call: with the shift, unless it was computed from one that has it."""
@@ -122,6 +134,10 @@ class Intercept(TorchFunctionMode):
         if found is not None:
             watch, call = found
             return watch.serve(call)
+        if func is Tensor.__getitem__ and _is_index(args[1]):  # as a loop over experts does
+            watch_of_slice = self._of(args[0])
+            if watch_of_slice is not None:
+                return watch_of_slice.slice(args[0], int(args[1]))
         self._refuse_writes(func, args, kwargs)
         detached = name_of(func) in ("data", "detach")
         return func(*self._substituted(args, detached), **self._substituted(kwargs, detached))
@@ -136,8 +152,7 @@ class Intercept(TorchFunctionMode):
     def _refuse_writes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A write would go to W + s·ΔW, for the moment, and be lost, or carry ΔW into W for good."""
         name = getattr(func, "__name__", "")
-        writes = name == "__set__" or (name.endswith("_") and not name.startswith("__")) or name in _IN_PLACE_OPERATORS
-        watch = (self._of(args[0]) if writes and args else None) or self._of(kwargs.get("out"))
+        watch = (self._of(args[0]) if args and name in _WRITES else None) or self._of(kwargs.get("out"))
         if watch is not None:
             raise RuntimeError(
                 f"{watch.name}: {name} writes to its weight in the forward, where the delta is a part of it"
@@ -195,6 +210,15 @@ class Intercept(TorchFunctionMode):
         if type(value) is dict:
             return {k: self._substituted(v, detached) for k, v in value.items()}
         return value
+
+
+def _is_index(value: Any) -> bool:
+    """Whether it picks one slice; a tensor that does so would be data to a compiler."""
+    if type(value) is int:
+        return True
+    if not isinstance(value, Tensor) or value.ndim > 0 or torch.compiler.is_compiling():
+        return False
+    return value.dtype in (torch.int64, torch.int32)
 
 
 def _bound(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

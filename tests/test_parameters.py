@@ -275,6 +275,72 @@ def test_every_method_of_matrices_on_a_parameter_of_two_modes():
         assert_close(model(X), before)
 
 
+def test_a_module_in_two_places_and_a_parameter_in_two_modules(tmp_path):
+    def shared():
+        torch.manual_seed(0)
+        first, other = Experts(), Experts()
+        other.router = first.router
+        return nn.Sequential(first, nn.ReLU(), first, other).requires_grad_(False)
+
+    model = filled(flora.adapt(shared(), only("0.up", "0.router")))
+    assert model[0] is model[2]
+    assert flora.summary(model).tied == {"0.router": ("3.router",)}
+    before = model(X)
+    flora.save_adapter(model, tmp_path / "adapter")
+    assert torch.equal(flora.load_adapter(shared(), tmp_path / "adapter")(X), before)
+    flora.merge(model)
+    assert_close(model(X), before)
+    assert model[3].router is not model[0].base_layer.router
+    flora.unmerge(model)
+    assert model[3].router is model[0].base_layer.router
+    plain = flora.unload(model, merge=False)
+    assert plain[0] is plain[2]
+    assert torch.equal(plain(X), shared()(X))
+
+
+class Loop(Experts):
+    """Its experts one by one."""
+
+    def forward(self, x):
+        return sum(self.down[i] @ (self.up[torch.tensor(i)] @ x.T).relu() + self.down[-1, 0, 0] for i in range(3)).T
+
+
+def test_experts_that_are_picked_one_by_one():
+    torch.manual_seed(0)
+    model = filled(flora.adapt(nn.Sequential(Loop()), only("up", "down")))
+    loop, deltas = model[0].base_layer, {key: p.deltas["default"] for key, p in model[0].adapted.items()}
+    found, expected = model(X), Loop.forward(model[0].base_layer, X)
+    assert not torch.allclose(found, expected)
+    weights = {key: getattr(loop, key) + delta.alone(None) for key, delta in deltas.items()}
+    expected = torch.func.functional_call(loop, weights, (X,))
+    torch.testing.assert_close(found, expected)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = [torch.autograd.grad(loss(y), parameters) for y in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    with pytest.raises(IndexError):
+        flora.adapt(nn.Sequential(TooFar()), only("up"))(X)
+
+
+class TooFar(Experts):
+    def forward(self, x):
+        return self.up[3]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # at which Dynamo looks
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_and_exported(fullgraph):
+    torch._dynamo.reset()
+    model = filled(flora.adapt(build(), only("experts.up", "experts.down", "end.weight")))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    expected = model(X)
+    found = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)(X)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(loss(y), parameters) for y in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+    if fullgraph:
+        assert_close(torch.export.export(model, (X,)).module()(X), expected)
+
+
 def test_the_attribute_is_the_effective_weight():
     model = filled(flora.adapt(build(), only("experts.up")))
     experts = model.experts
