@@ -1,4 +1,4 @@
-"""Adapters as Hugging Face PEFT's ``save_pretrained`` writes them: what such a folder means, and how to write LoRA's.
+"""Adapters as Hugging Face PEFT's ``save_pretrained`` writes them: what such a folder means, and how to write one.
 
 ``adapter_config.json`` has PEFT's ``LoraConfig``. ``adapter_model.safetensors`` (in old folders a pickled
 ``adapter_model.bin``) has the tensors ``base_model.model.<module>.lora_A.weight`` (r, d_in) and ``lora_B.weight``
@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from flora import reference
 from flora.config import DeltaConfig, LoRAConfig, TuckerConfig, is_suffix
 from flora.config.base import Rank, is_int, is_real
-from flora.deltas.tucker import Factored
+from flora.deltas.tucker import Factored, TuckerDelta
 from flora.distributed import whole
 from flora.kinds import CONV, EMBEDDING, TRANSPOSED, kind_of
 from flora.layers import AdaptedLayer
@@ -289,7 +289,8 @@ class _TuckerFields(_Fields):
         return TuckerConfig(rank=value).rank
 
     def common_rank(self, module: nn.Module) -> Rank:
-        return self.common.ranks(kind_of(module).shape(module))
+        rank = self.common.rank
+        return self.common.ranks(kind_of(module).shape(module)) if isinstance(rank, int) else rank
 
     def rank_and_scale(self, where: str, parts: Mapping[str, Tensor]) -> tuple[Rank, float]:
         if "core" not in parts:
@@ -365,27 +366,28 @@ def _saved(wanted: Sequence[str], others: Mapping[str, Tensor], modules: Mapping
 # Writing -----------------------------------------------------------------------------------------------------------
 
 
-def contents(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def contents(model: nn.Module, adapter: str, as_lora: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the tensors of a PEFT folder that holds exactly the same update.
 
     Any delta that is a core and factors is LoRA of rank r_out: B = U_out, and A is the core times all other factors.
+    Without ``as_lora`` Tucker deltas are written as they are, for `flora.integrations.peft`.
 
     Raises:
-        ValueError: naming the module, a delta that LoRA in PEFT cannot be, or what PEFT's way of naming modules cannot
+        ValueError: naming the module, a delta that PEFT's method cannot be, or what PEFT's way of naming modules cannot
             tell apart.
     """
     targets = distinct(places(model))
     deltas: dict[str, Factored] = {}
-    whole: dict[str, nn.Module] = {}
+    saved: dict[str, nn.Module] = {}
     for target in targets:
         if isinstance(target.module, AdaptedModule):
             for parameter in target.module.adapted.values():
                 if adapter in parameter.deltas:
                     raise ValueError(f"{parameter.name}: PEFT has no Tucker update of a parameter")
         if isinstance(target.module, AdaptedLayer) and adapter in target.module.deltas:
-            deltas[target.name] = _factored(target.name, target.module.deltas[adapter])
+            deltas[target.name] = _factored(target.name, target.module.deltas[adapter], as_lora)
         elif isinstance(target.module, SavedModule) and adapter in target.module.copies:
-            whole[target.name] = target.module.copies[adapter]
+            saved[target.name] = target.module.copies[adapter]
         else:
             continue
         if len(target.places) > 1:
@@ -394,35 +396,59 @@ def contents(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, 
     kinds = {where: kind_of(modules[where]) for where in deltas}
     tensors: dict[str, Tensor] = {}
     for where, delta in deltas.items():
-        _check_attention(where, modules)
-        for key, tensor in _as_peft(where, modules[where], delta).items():
-            tensors[f"{PREFIX}{where}.{key}"] = tensor
-    for where, module in whole.items():
+        if as_lora:
+            _check_attention(where, modules)
+            own = _as_peft(where, modules[where], delta)
+        else:
+            own = {f"flora_delta.{key}": tensor for key, tensor in delta.tensors().items()}
+        tensors.update({f"{PREFIX}{where}.{key}": tensor for key, tensor in own.items()})
+    for where, module in saved.items():
         tensors.update({f"{PREFIX}{where}.{key}": tensor for key, tensor in module.state_dict().items()})
     dropouts = {delta.config.dropout for where, delta in deltas.items() if kinds[where].droppable}
     if len(dropouts) > 1:
         raise ValueError(f"its layers have the dropouts {sorted(dropouts)}, and an adapter of PEFT's has one")
-    config = {
+    dropout = max(dropouts, default=0.0)
+    lora = {
         "peft_type": "LORA",
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "lora_dropout": dropout,
+        "fan_in_fan_out": all(kind is TRANSPOSED for kind in kinds.values()),
+    }
+    config = {
         "task_type": None,
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "inference_mode": True,
         "bias": "none",
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "lora_dropout": max(dropouts, default=0.0),
-        "fan_in_fan_out": all(kind is TRANSPOSED for kind in kinds.values()),
-        **_numbers(deltas),
-        **_names(list(deltas), list(whole), modules),
+        **(lora | _numbers(deltas) if as_lora else _tucker(deltas) | {"dropout": dropout}),
+        **_names(list(deltas), list(saved), modules),
     }
     return config, tensors
 
 
-def _factored(where: str, delta: nn.Module) -> Factored:
-    if not isinstance(delta, Factored):
+def _factored(where: str, delta: nn.Module, as_lora: bool) -> Factored:
+    if not isinstance(delta, Factored if as_lora else TuckerDelta):
         config: DeltaConfig = delta.config  # type: ignore[assignment]
-        raise ValueError(f"{where}: PEFT's format holds LoRA, and no delta of method {config.method!r}")
+        held = "LoRA" if as_lora else "FLoRA"
+        raise ValueError(f"{where}: PEFT's format holds {held}, and no delta of method {config.method!r}")
     return delta
+
+
+def _tucker(deltas: Mapping[str, Factored]) -> dict[str, Any]:
+    """The fields of a ``FloraConfig`` that give every layer its ranks and its scale: the commonest, and exceptions."""
+    parts = {delta.config.trainable for delta in deltas.values()}
+    if len(parts) > 1:
+        raise ValueError(f"its layers have trainable={sorted(parts)}, and an adapter of PEFT's has one")
+    (ranks, _) = Counter(delta.ranks for delta in deltas.values()).most_common(1)[0]
+    (scale, _) = Counter(delta.scale for delta in deltas.values()).most_common(1)[0]
+    return {
+        "peft_type": "FLORA",
+        "r": list(ranks),
+        "scale": scale,
+        "trainable": list(*parts),
+        "rank_pattern": {f"^{re.escape(n)}": list(d.ranks) for n, d in deltas.items() if d.ranks != ranks},
+        "scale_pattern": {f"^{re.escape(n)}": d.scale for n, d in deltas.items() if d.scale != scale},
+    }
 
 
 def _numbers(deltas: Mapping[str, Factored]) -> dict[str, Any]:

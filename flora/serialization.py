@@ -37,7 +37,7 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
-FORMATS = ("flora", "peft")
+FORMATS = ("flora", "peft", "peft-flora")
 
 _CONFIG_BYTES = 64 << 20  # far above what the largest models need
 _DIFFERENCES = 6  # quoted of two bases
@@ -120,7 +120,8 @@ def save_adapter(
         hashes: also write a hash of every tensor of the base, so that loading checks the values, not only the shapes.
         format: "flora", or "peft" for a LoRA adapter that Hugging Face PEFT loads with the same outputs. Any delta that
             is a core and factors can be written so (`LoRAConfig`, `LoRAXSConfig`, `TuckerConfig`), but comes back as
-            LoRA. PEFT's files say nothing of the base.
+            LoRA. "peft-flora" writes Tucker deltas as they are, for PEFT with `flora.integrations.peft`. PEFT's files
+            say nothing of the base.
 
     Raises:
         ValueError: no such adapter, values that are not finite, or an adapter that the format cannot hold.
@@ -129,7 +130,7 @@ def save_adapter(
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} must be one of {', '.join(FORMATS)}")
-    if format == "peft" and hashes:
+    if format != "flora" and hashes:
         raise ValueError("hashes=True: PEFT's format has no place for them")
     state = state_of(model)
     names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name))
@@ -150,7 +151,9 @@ def save_adapter(
     if mesh is None:
         _check_folders(folders.values(), format)
     contents = {
-        one: _peft_contents(model, one) if format == "peft" else _contents(model, one, state.adapters[one], hashes)
+        one: _contents(model, one, state.adapters[one], hashes)
+        if format == "flora"
+        else _peft_contents(model, one, format)
         for one in names
     }
 
@@ -208,8 +211,8 @@ def _contents(model: nn.Module, name: str, adapter: Adapter, hashes: bool) -> di
     return {TENSORS_FILE: data, CONFIG_FILE: _short_lists(text).encode()}
 
 
-def _peft_contents(model: nn.Module, name: str) -> dict[str, bytes]:
-    config, tensors = peft_files.contents(model, name)
+def _peft_contents(model: nn.Module, name: str, format: str) -> dict[str, bytes]:
+    config, tensors = peft_files.contents(model, name, as_lora=format == "peft")
     tensors = _gathered(tensors)
     _check_finite("the adapter", tensors)
     return {TENSORS_FILE: _safetensors(tensors), CONFIG_FILE: peft_files.to_json(config)}

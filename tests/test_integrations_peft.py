@@ -435,6 +435,45 @@ def test_flora_loads_what_peft_saved(tmp_path):
     torch.testing.assert_close(output(flora.load_adapter(net(), tmp_path / "again")), output(loaded), rtol=0, atol=0)
 
 
+def test_peft_loads_what_flora_saved(tmp_path):
+    config = flora.TuckerConfig(
+        rank=3,
+        rank_pattern={"fc": (2, 4)},
+        scale_pattern={"seq": 0.25},
+        target_modules=ALL,
+        modules_to_save=["head"],
+        trainable=("core", "kernel"),
+    )
+    model = flora.adapt(net(), config)
+    for layer in flora.model.adapted_layers(model).values():
+        nn.init.normal_(layer.deltas["default"].core)
+    flora.save_adapter(model, tmp_path, format="peft-flora")
+    loaded = peft.PeftModel.from_pretrained(net(), tmp_path, is_trainable=True)
+    assert torch.equal(output(loaded.eval()), output(model))
+    assert isinstance(loaded.peft_config["default"], FloraConfig)
+    again = flora.load_adapter(net(), tmp_path)
+    assert torch.equal(output(again), output(model))
+    for name, layer in flora.model.adapted_layers(model).items():
+        flags = [p.requires_grad for p in layer.deltas["default"].parameters()]
+        assert flags == [p.requires_grad for p in layers(loaded)[name].flora_delta["default"].parameters()]
+        assert flags == [
+            p.requires_grad for p in flora.model.adapted_layers(again)[name].deltas["default"].parameters()
+        ]
+
+
+def test_only_tucker_deltas_are_written_as_flora_for_peft(tmp_path):
+    model = flora.adapt(net(), flora.LoRAConfig(target_modules=["fc"]))
+    with pytest.raises(ValueError, match="fc: PEFT's format holds FLoRA, and no delta of method 'lora'"):
+        flora.save_adapter(model, tmp_path / "folder", format="peft-flora")
+    mixed = {
+        "fc": flora.TuckerConfig(rank=2, trainable="core"),
+        "seq": flora.TuckerConfig(rank=2),
+    }
+    with pytest.raises(ValueError, match="its layers have trainable="):
+        flora.save_adapter(flora.adapt(net(), mixed), tmp_path / "folder", format="peft-flora")
+    assert not (tmp_path / "folder").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
