@@ -22,7 +22,7 @@ def linear_update(x: Tensor, u_in: Tensor, core: Tensor | None, u_out: Tensor, s
     k = F.linear(x.reshape(-1, x.shape[-1]).to(u_in.dtype), u_in.mT)
     if core is not None:
         k = F.linear(k, core)
-    return (scale * F.linear(k, u_out)).view(*x.shape[:-1], len(u_out))
+    return (scale * F.linear(k, u_out)).view(*x.shape[:-1], u_out.shape[0])
 
 
 def conv_project(x: Tensor, u_in: Tensor | None, groups: int) -> Tensor:
