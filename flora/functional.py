@@ -38,6 +38,7 @@ from flora.passes import (
     exact,
     fused_backward,
     layout,
+    no_view,
     plain,
     plain_backward,
     resolve_plan,
@@ -158,7 +159,7 @@ class _Fused(torch.autograd.Function):
         of_input = needs[4] or form.keeps_input(needs[6:])
         ctx.x_like = None if of_input and dropout == 0 else layout(x)
         ctx.save_for_backward(x if of_input else None, weight, bias if needs[5] else None, h, *tensors)
-        return _no_view(y)
+        return no_view(y)
 
     @staticmethod
     @_exactly
@@ -182,12 +183,6 @@ class _Fused(torch.autograd.Function):
         return None, None, None, *fused_backward(op, form, needs, dy, source, x, weight, h, tensors, kept)
 
 
-def _no_view(y: Tensor) -> Tensor:
-    """A product's new output without the mark of a view, as which `F.linear` returns some: a node's output that has it
-    cannot be written to, as an activation in place does."""
-    return y.data if y._is_view() else y
-
-
 def _dropped(x: Tensor, dropout: float) -> Tensor:
     """Dropout from one stream of masks, with gradients and without."""
     return x * dropout_factor(x, dropout, seed()) if dropout > 0 else x
@@ -209,7 +204,7 @@ class _Effective(torch.autograd.Function):
     ) -> Tensor:
         ctx.op, ctx.form, ctx.hybrid = op, form, hybrid
         ctx.save_for_backward(x, weight, bias, *tensors)
-        return _no_view(with_effective(op, x, weight, bias, form, tensors))
+        return no_view(with_effective(op, x, weight, bias, form, tensors))
 
     @staticmethod
     @_exactly
@@ -245,7 +240,7 @@ class _Separate(torch.autograd.Function):
     ) -> Tensor:
         ctx.op, ctx.form, ctx.dropout, ctx.seed, ctx.x_like = op, form, dropout, seed(), layout(x)
         ctx.save_for_backward(x, weight, bias if ctx.needs_input_grad[5] else None, *tensors)
-        return _no_view(separate(op, x, weight, bias, form, tensors, dropout_factor(x, dropout, ctx.seed)))
+        return no_view(separate(op, x, weight, bias, form, tensors, dropout_factor(x, dropout, ctx.seed)))
 
     @staticmethod
     @_exactly

@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import DispatchKey
 from torch.autograd import forward_ad
-from torch.fx.experimental.symbolic_shapes import optimization_hint
 
 from flora.forms import FORMS, Form, Parts
 from flora.forms.base import Tensors
@@ -43,6 +42,7 @@ from flora.passes import (
     effective_backward,
     exact,
     fused_backward,
+    no_view,
     plain,
     plain_backward,
     resolve_plan,
@@ -269,8 +269,15 @@ class _Expected:
 
 
 def _expected(t: Tensor) -> Any:
-    sizes = [n if isinstance(n, int) else optimization_hint(n, fallback=1024) for n in t.shape]
-    return _Expected(torch.Size(sizes), t.dtype, t.requires_grad)
+    return _Expected(torch.Size(_hint(n) for n in t.shape), t.dtype, t.requires_grad)
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    if isinstance(size, int):
+        return size
+    from torch.fx.experimental.symbolic_shapes import optimization_hint  # slow to import, and there by then
+
+    return optimization_hint(size, fallback=1024)
 
 
 def _seed(dropout: float) -> Tensor | None:
@@ -375,7 +382,7 @@ def _forward(
             y = with_effective(op, x, weight, bias, form, tensors)
         y = y.view(*given.shape[:-1], -1) if call.linear else y
         y = y.contiguous(memory_format=_memory_format(given, weight))
-        return y, tensors_like(x, tensors) if h is None else h
+        return no_view(y), tensors_like(x, tensors) if h is None else h
 
 
 def tensors_like(x: Tensor, tensors: Tensors) -> Tensor:

@@ -48,6 +48,12 @@ def add_to(y: Tensor, update: Tensor) -> Tensor:
     return (y.to(update.dtype) + update).to(y.dtype)
 
 
+def no_view(y: Tensor) -> Tensor:
+    """A product's new output without the mark of a view, as which `F.linear` returns some: a node's output that has it
+    cannot be written to, as an activation in place does."""
+    return y.data if y._is_view() else y
+
+
 def seed() -> int:
     return int(torch.randint(2**62, (), device="cpu"))
 
@@ -295,6 +301,7 @@ __all__ = [
     "exact",
     "fused_backward",
     "layout",
+    "no_view",
     "plain",
     "plain_backward",
     "resolve_plan",

@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.isinstance.treespec:FutureWarning"),  # and of export
 ]
 
-SHORT = ("tucker", "rescale", "block")
+SHORT = ("tucker", "block")
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +137,7 @@ def test_dynamic_shapes_are_compiled_once(backend):
     assert len(made) == 1
 
 
+@pytest.mark.slow
 def test_channels_last_under_inductor():
     model = network(METHODS["tucker"]).to(memory_format=torch.channels_last)
     x = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last)
@@ -204,7 +205,7 @@ def test_activation_checkpointing(use_reentrant, compiled, dropout):
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("method", ["tucker", "circulant"])
+@pytest.mark.parametrize("method", ["tucker", pytest.param("circulant", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_autocast(method, compiled):
     model, x = network(METHODS[method]), torch.randn(2, 4, 6, 6)
@@ -238,7 +239,7 @@ def test_a_foreign_forward_compiled():
     assert_same(step(model, torch.compile(model, backend="aot_eager"), x), expected)
 
 
-@pytest.mark.parametrize("which", ["llama", pytest.param("vit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", ["vit", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_transformers_model_compiled(which):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -332,7 +333,7 @@ def test_torch_func_compiled(transform):
 # Other ways of running ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", cases(*METHODS))
 def test_double_backward(method):
     model = network(METHODS[method]).double()
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64, requires_grad=True)

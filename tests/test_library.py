@@ -220,6 +220,21 @@ def test_fake_tensors_go_to_the_operators():
     assert y.shape == (3, 8) and "adapted_forward" in type(y.grad_fn).__name__
 
 
+@pytest.mark.parametrize("layer", ["linear", "conv2d"])
+def test_an_operators_output_may_be_written_to(layer):
+    op, x, weight, bias = inputs_of(layer)
+    parts = parts_of("tucker", weight.shape)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            y = library.adapted(op, x, weight, bias, *parts, "auto", 0.0)
+        expected = y.detach().relu()
+        torch.testing.assert_close(torch.relu_(y), expected)
+    y = torch.relu_(library.adapted(op, x, weight, bias, *parts, "auto", 0.0))
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    (expected,) = torch.autograd.grad(functional.adapted(op, x, weight, bias, parts).relu().sum(), x)
+    torch.testing.assert_close(dx, expected)
+
+
 def test_an_unknown_form_is_named():
     _, x, weight, bias = inputs_of("linear")
     with pytest.raises(ValueError, match="no form 'dream'; there are"):
