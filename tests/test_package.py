@@ -3,6 +3,7 @@
 import ast
 import inspect
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 
 import flora
 from flora import _core, reference
@@ -93,6 +95,15 @@ def test_the_wheel_works(wheel, tmp_path):
 def test_version():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert flora.__version__ == project["version"] == version("flora-adapters")
+
+
+def test_the_workflows_run_what_is_there():
+    made = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        for job in yaml.safe_load(path.read_text())["jobs"].values():
+            assert set(job.get("strategy", {}).get("matrix", {}).get("target", ())) <= made
+            for command in (step["run"] for step in job["steps"] if "run" in step):
+                assert command == "make ${{ matrix.target }}" or (ROOT / command).is_file(), command
 
 
 def test_the_stub_agrees_with_the_extension():
