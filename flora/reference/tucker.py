@@ -19,7 +19,8 @@ from flora.reference.conv import CONV, pad_input
 
 def linear_update(x: Tensor, u_in: Tensor, core: Tensor | None, u_out: Tensor, scale: float) -> Tensor:
     """s·(x·U_in·Gᵀ)·U_outᵀ: x (..., d_in) to (..., d_out), in the factors' dtype. ``core=None`` is the identity."""
-    k = F.linear(x.reshape(-1, x.shape[-1]).to(u_in.dtype), u_in.mT)
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]) if x.ndim != 2 else x
+    k = F.linear(rows.to(u_in.dtype), u_in.mT)
     if core is not None:
         k = F.linear(k, core)
     return (scale * F.linear(k, u_out)).view(*x.shape[:-1], u_out.shape[0])
