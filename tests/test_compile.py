@@ -160,6 +160,18 @@ def test_a_change_of_scale_or_adapter_is_seen():
         torch.testing.assert_close(compiled(x), model(x))
 
 
+def test_merging_and_unmerging_is_seen():
+    model, x = network(METHODS["tucker"]), torch.randn(2, 4, 6, 6)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected = compiled(x)
+    flora.merge(model)
+    torch.testing.assert_close(compiled(x), expected)
+    with flora.disabled(model):
+        torch.testing.assert_close(compiled(x), model(x))
+    flora.unmerge(model)
+    torch.testing.assert_close(compiled(x), expected)
+
+
 @pytest.mark.parametrize("dropout_in", ["fused", "separate"])
 def test_dropout_has_the_mask_of_the_eager_layer(dropout_in):
     """The seed is drawn from PyTorch's generator by both."""
