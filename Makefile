@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc -name '*.[ch]') setup.py pyproject.toml
 SANITIZED_TESTS := $(wildcard $(addprefix tests/test_,kernels.py boundary.py functional.py golden.py layers.py))
 
 .DEFAULT_GOAL := build
-.PHONY: build test test-slow zoo distributed peft-suite lint format docs demo bench sanitize clean
+.PHONY: build test test-slow zoo distributed peft-suite soak lint format docs demo bench sanitize clean
 
 build: $(BUILT)  ## the extension, in place, with warnings as errors
 
@@ -31,6 +31,9 @@ distributed: $(BUILT)  ## several processes: DistributedDataParallel, fully_shar
 
 peft-suite: $(BUILT)  ## PEFT's own tests, from its source distribution, with FLoRA as the method
 	$(BIN)/python tests/peft_suite $(ARGS)
+
+soak: $(BUILT)  ## one process through a thousand adapters, which it must not remember
+	$(BIN)/python -m pytest -m slow tests/test_soak.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -99,6 +99,7 @@ class AdaptedLayer(nn.Module):
         self._of_weight: tuple[str, ...] = ()  # the active ones by what they act on
         self._of_output: tuple[str, ...] = ()
         self._enabled = True
+        self._merged = False  # a flag, as torch.compile does not notice that a dict is no longer empty
         self._original: _Parameters = {}  # the frozen weight and bias while merged; a plain dict, to stay unregistered
         self._combined: _Parameters = {}  # the merged ones
         self.reached = False
@@ -192,7 +193,7 @@ class AdaptedLayer(nn.Module):
 
     def _in_use(self) -> bool:
         """Whether active deltas have to be computed with: not while they are merged or switched off."""
-        return bool(self._active) and self._enabled and not self._original
+        return bool(self._active) and self._enabled and not self._merged
 
     def _deltas(self) -> list[WeightDelta]:
         """The active ones of the weight."""
@@ -443,7 +444,7 @@ class AdaptedLayer(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         kind = self.__dict__.get("_kind")
         if kind is not None and name in (kind.weight_name, "bias"):
-            if self._original:
+            if self._merged:
                 raise RuntimeError(f"{self._label}: {name} cannot be set while an adapter is merged; unmerge first")
             setattr(self.base_layer, name, value)
         elif kind is not None and self._is_of_base(name):
@@ -461,7 +462,7 @@ class AdaptedLayer(nn.Module):
 
     @property
     def merged(self) -> bool:
-        return bool(self._original)
+        return self._merged
 
     def check_mergeable(self) -> str | None:
         """Why the active deltas cannot be merged into the base, or None if they can."""
@@ -525,6 +526,7 @@ class AdaptedLayer(nn.Module):
             if shifted is not bias and shifted is not None:
                 combined["bias"] = _frozen(shifted.to(weight.dtype if bias is None else bias.dtype))
         self._original, self._combined = {name: own.get(name) for name in combined}, combined
+        self._merged = True
         self._install()
 
     def unmerge(self) -> None:
@@ -532,7 +534,10 @@ class AdaptedLayer(nn.Module):
         if not self.merged:
             raise RuntimeError(f"{self._label} is not merged")
         self.base_layer._parameters.update(self._original)
-        self._original, self._combined = {}, {}
+        self._forget_merged()
+
+    def _forget_merged(self) -> None:
+        self._merged, self._original, self._combined = False, {}, {}
 
     def _install(self) -> None:
         """The parameters that the base should hold now, while merged."""
@@ -555,7 +560,7 @@ class AdaptedLayer(nn.Module):
         if merge and self.merged:
             self._enabled = True
             self._install()
-            self._original, self._combined = {}, {}
+            self._forget_merged()
         elif self.merged:
             self.unmerge()
         return self.base_layer

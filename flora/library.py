@@ -380,7 +380,7 @@ def _forward(
         else:
             assert weight is not None
             y = with_effective(op, x, weight, bias, form, tensors)
-        y = y.view(*given.shape[:-1], -1) if call.linear else y
+        y = y.view(*given.shape[:-1], shape[0]) if call.linear else y
         y = y.contiguous(memory_format=_memory_format(given, weight))
         return no_view(y), tensors_like(x, tensors) if h is None else h
 

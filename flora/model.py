@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from flora import base_dtype as half
 from flora.config import DeltaConfig
@@ -170,7 +171,7 @@ def adapt(
     Raises:
         TypeError, ValueError: anything wrong with the names, patterns, ranks, layers, dtype or seed, by name. The model
             is then as it was.
-        RuntimeError: the model is merged or sharded.
+        RuntimeError: the model is merged, sharded or wrapped (DistributedDataParallel, ``torch.compile``).
     """
     check_model(model)
     if seed is not None and not (isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**64):
@@ -202,13 +203,24 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises TypeError for no module, ValueError for a single layer, which has no place in which to be replaced."""
+    """Raises TypeError for no module, ValueError for a single layer, which has no place in which to be replaced.
+
+    RuntimeError for a wrapped model: DistributedDataParallel would not reduce the gradients of parameters that it does
+    not know, and a file would have names that an unwrapped model has not.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, AdaptedLayer):
         raise ValueError("the model is a single layer that is adapted already; use its add_delta")
     if is_product(model) or next(model.children(), None) is None:
         raise ValueError(f"the model is a single {type(model).__name__}; use flora.wrap(layer, config)")
+    for name, module in model.named_modules():
+        parallel = isinstance(module, DistributedDataParallel)
+        if parallel or (module is model and (isinstance(module, DataParallel) or "_orig_mod" in module._modules)):
+            raise RuntimeError(
+                f"{name or 'the model'} is wrapped, a {type(module).__name__}: adapt the module in it, or load its "
+                "adapters, and wrap then"
+            )
 
 
 def install(

@@ -553,7 +553,7 @@ def load_adapter(
         FileNotFoundError: no such path.
         ValueError: a damaged or foreign file, an adapter of another base, a module that is not there, or a delta that
             is to learn and never could: the message names the file and the module. The model is as it was.
-        RuntimeError: the model is merged or sharded.
+        RuntimeError: the model is merged, sharded or wrapped (DistributedDataParallel, ``torch.compile``).
 
     Warns:
         UserWarning: the base's tensors have other dtypes than those that the adapter was trained on.

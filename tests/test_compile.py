@@ -160,6 +160,30 @@ def test_a_change_of_scale_or_adapter_is_seen():
         torch.testing.assert_close(compiled(x), model(x))
 
 
+def test_merging_and_unmerging_is_seen():
+    model, x = network(METHODS["tucker"]), torch.randn(2, 4, 6, 6)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected = compiled(x)
+    flora.merge(model)
+    torch.testing.assert_close(compiled(x), expected)
+    with flora.disabled(model):
+        torch.testing.assert_close(compiled(x), model(x))
+    flora.unmerge(model)
+    torch.testing.assert_close(compiled(x), expected)
+
+
+@pytest.mark.parametrize("plan", ["fused", "hybrid", "merged"])
+@pytest.mark.parametrize("size", [(36,), (2, 3, 36), (0, 36), (2, 0, 36)], ids=str)
+def test_every_shape_of_rows_and_none(plan, size):
+    torch.manual_seed(0)
+    layer = randomised(flora.wrap(nn.Linear(36, 24), flora.TuckerConfig(rank=3, plan=plan)))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=False)
+    x = torch.randn(size, requires_grad=True)
+    inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    found, expected = (torch.autograd.grad(run(x).square().sum(), inputs) for run in (compiled, layer))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dropout_in", ["fused", "separate"])
 def test_dropout_has_the_mask_of_the_eager_layer(dropout_in):
     """The seed is drawn from PyTorch's generator by both."""

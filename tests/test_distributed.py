@@ -178,6 +178,16 @@ def helpers():
     assert "norm a" in flora.ProgressLine(parallel)()
 
 
+def adapters_after_wrapping():
+    """The wrapper would not reduce the gradients of parameters that it does not know."""
+    base = nn.Sequential(nn.Linear(4, 4))
+    wrapped = DistributedDataParallel(base)
+    for model in (wrapped, nn.Sequential(wrapped)):
+        with pytest.raises(RuntimeError, match="is wrapped, a DistributedDataParallel"):
+            flora.adapt(model, flora.TuckerConfig(rank=2))
+    assert type(base[0]) is nn.Linear and base[0].weight.requires_grad
+
+
 def saved_by_all_at_once(folder, exchanges):
     """Every rank saves, into one folder and with numbers of its own, many times; with two renames, or one exchange."""
     model, rank = adapted(), dist.get_rank()
@@ -212,6 +222,7 @@ CASES = [
     one_start,
     dropout_masks,
     helpers,
+    adapters_after_wrapping,
 ]
 
 

@@ -33,6 +33,7 @@ from flora.model import (
 )
 from flora.report import summary
 from flora.saved import SavedModule
+from flora.serialization import load_adapter, save_adapter
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -797,3 +798,16 @@ def test_reentrant_checkpointing_is_no_reason_for_a_warning():
         warnings.simplefilter("error")
         model(torch.randn(2, 4, requires_grad=True)).sum().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if name.endswith("core"))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # PyTorch's own
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, torch.compile])
+def test_a_wrapped_model_is_refused(wrapper, tmp_path):
+    """A file of it would have names that no other model has."""
+    base = nn.Sequential(nn.Linear(4, 4))
+    save_adapter(adapt(nn.Sequential(nn.Linear(4, 4)), TuckerConfig(rank=2)), tmp_path / "adapter")
+    with pytest.raises(RuntimeError, match="the model is wrapped, a"):
+        adapt(wrapper(base), TuckerConfig(rank=2))
+    with pytest.raises(RuntimeError, match="the model is wrapped, a"):
+        load_adapter(wrapper(base), tmp_path / "adapter")
+    assert type(base[0]) is nn.Linear and base[0].weight.requires_grad
