@@ -123,6 +123,8 @@ def _own_state(model: nn.Module) -> State | None:
     state: State | None = model.__dict__.get("_flora_state")
     for name, module in model.named_modules():
         if module is not model and "_flora_state" in module.__dict__:
+            if name in ("module", "_orig_mod"):  # as DistributedDataParallel and torch.compile name what they wrap
+                raise RuntimeError(f"the model is wrapped, a {type(model).__name__}: call the verb on its .{name}")
             raise RuntimeError(f"{name} was adapted by itself; call the verb on it, or unload it first")
     return state
 

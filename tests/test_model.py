@@ -811,3 +811,11 @@ def test_a_wrapped_model_is_refused(wrapper, tmp_path):
     with pytest.raises(RuntimeError, match="the model is wrapped, a"):
         load_adapter(wrapper(base), tmp_path / "adapter")
     assert type(base[0]) is nn.Linear and base[0].weight.requires_grad
+
+
+def test_verbs_on_a_wrapped_model_say_where_to_call_them():
+    model = adapt(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), TuckerConfig(rank=2))
+    compiled = torch.compile(model)
+    for verb in (merge, unload, lambda m: set_adapter(m, "default")):
+        with pytest.raises(RuntimeError, match=r"the model is wrapped, a OptimizedModule: .* its \._orig_mod"):
+            verb(compiled)
