@@ -86,11 +86,22 @@ def _moved_aside(folder: Path) -> Path:
 
 def recover(folder: Path) -> None:
     """Put an adapter back that a save had moved aside when it was cut off."""
-    old = _moved_aside(folder)
-    if not folder.exists() and old.is_dir():
-        with _alone(folder.parent):
-            if not folder.exists() and old.is_dir():  # no save of another process was between its two renames
-                os.rename(old, folder)
+    if not folder.exists() and _moved_aside(folder).is_dir():
+        with settled(folder):
+            pass
+
+
+@contextmanager
+def settled(folder: Path) -> Iterator[None]:
+    """Within it the folder is whole, as after `recover`, and no other process replaces it."""
+    if not folder.parent.is_dir():
+        yield
+        return
+    with _alone(folder.parent):
+        old = _moved_aside(folder)
+        if not folder.exists() and old.is_dir():  # and no save of another process is between its two renames
+            os.rename(old, folder)
+        yield
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from flora import base_dtype as half
 from flora.config import DeltaConfig, TuckerConfig
 from flora.deltas import Delta
 from flora.distributed import check_not_flattened, mesh_of, model_class, on_first_rank, settle, whole
-from flora.folders import inner_file, recover, replace_folder
+from flora.folders import inner_file, recover, replace_folder, settled
 from flora.kinds import is_foreign
 from flora.layers import check_adapter_name
 from flora.model import Adapter, adapted_layers, check_adapter, check_model, disabled, install, saved_modules, state_of
@@ -158,10 +158,9 @@ def save_adapter(
     }
 
     def write() -> None:
-        _check_folders(folders.values(), format)
+        cards = _check_folders(folders.values(), format)
         for one, folder in folders.items():
-            card = folder / CARD_FILE
-            replace_folder(folder, contents[one] | ({CARD_FILE: card.read_bytes()} if card.is_file() else {}))
+            replace_folder(folder, contents[one] | cards[folder])
 
     if mesh is None:
         write()
@@ -169,10 +168,15 @@ def save_adapter(
         on_first_rank(mesh, write)
 
 
-def _check_folders(folders: Iterable[Path], format: str) -> None:
+def _check_folders(folders: Iterable[Path], format: str) -> dict[Path, dict[str, bytes]]:
+    """Raises FileExistsError unless all may be replaced; what stays of each, which is its model card."""
+    kept = {}
     for folder in folders:
-        recover(folder)
-        check_replaceable(folder, format)
+        with settled(folder):
+            check_replaceable(folder, format)
+            card = folder / CARD_FILE
+            kept[folder] = {CARD_FILE: card.read_bytes()} if card.is_file() else {}
+    return kept
 
 
 def _contents(model: nn.Module, name: str, adapter: Adapter, hashes: bool) -> dict[str, bytes]:
