@@ -75,9 +75,11 @@ def step(model, run, x, seed=None):
 
 
 def assert_same(found, expected, bound=1e-4):
+    output = float(expected[0].abs().max())
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
-        scale = theirs.abs().max().clamp(min=1e-4)
+        # Of a shift that a normalisation takes away again the gradient is rounding and nothing else
+        scale = theirs.abs().max().clamp(min=max(1e-4, 1e-2 * output))
         torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=bound)
 
 
