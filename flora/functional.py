@@ -30,6 +30,7 @@ from flora import library
 from flora.forms import Form, Parts, Tucker
 from flora.ops import Op, dropout_factor, info, takes
 from flora.passes import (
+    NO_INPUT,
     Layout,
     add_to,
     autocast,
@@ -168,10 +169,7 @@ class _Fused(torch.autograd.Function):
         op, form, needs = ctx.op, ctx.form, ctx.needs_input_grad[3:]
         by_twin = _by_twin(dy)
         if source is None and by_twin:
-            raise RuntimeError(
-                "create_graph (or a batched gradient) needs the layer's input, which is not kept while neither its "
-                "factor nor the weight learns"
-            )
+            raise RuntimeError(NO_INPUT)
         kept = dropout_factor(blank(ctx.x_like), ctx.dropout, ctx.seed) if ctx.dropout > 0 else None
         x = blank(ctx.x_like) if source is None else source  # a blank's shape and layout are all that matters
         if by_twin:

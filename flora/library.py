@@ -36,6 +36,7 @@ from flora.forms import FORMS, Form, Parts
 from flora.forms.base import Tensors
 from flora.ops import LINEAR, ConvOp, Op, dropout_factor
 from flora.passes import (
+    NO_INPUT,
     add_to,
     autocast,
     blank,
@@ -490,7 +491,7 @@ def _grads(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
         return (None, None, None, nothing[3], [None] * len(parameters), *nothing[5:])
     if torch.is_grad_enabled():
         if x is None:
-            raise RuntimeError(_NO_INPUT)
+            raise RuntimeError(NO_INPUT)
         call = _Call.of(shape, parameters, given, *encoded)
         kept = None if seed is None else dropout_factor(x, dropout, int(seed))
 
@@ -507,12 +508,6 @@ def _grads(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
         )
         found = _spread(some, needs)
     return (*found[:3], nothing[3], list(found[3:]), *nothing[5:])
-
-
-_NO_INPUT = (
-    "create_graph (or a batched gradient) needs the layer's input, which is not kept while neither its factor nor the "
-    "weight learns"
-)
 
 
 def _no_grads(ctx: Any, *gradients: Any) -> Any:
@@ -613,7 +608,7 @@ def _plain_backward(
 ) -> list[Tensor]:
     parameters, given, *encoded, _, dropout, _, _, _, needs = encoded  # type: ignore[assignment]
     if x is None:
-        raise RuntimeError(_NO_INPUT)
+        raise RuntimeError(NO_INPUT)
     if dropout > 0:
         raise RuntimeError("a backward with dropout cannot be batched: its mask belongs to one forward")
 

@@ -18,6 +18,12 @@ from flora.plan import DROPPING, NO_HYBRID, PLANS
 
 BELOW_FLOAT32 = (torch.bfloat16, torch.float16)
 
+NO_INPUT = (
+    "create_graph (or a batched gradient) needs the layer's input, which is not kept while neither its factor nor the "
+    "weight learns"
+)
+"""Why a backward that has to differentiate the twin cannot."""
+
 
 def autocast_dtype(device: str) -> torch.dtype | None:
     """The dtype that autocast asks for on this device now, if it is on."""
@@ -292,6 +298,7 @@ def plain_backward(
 
 __all__ = [
     "BELOW_FLOAT32",
+    "NO_INPUT",
     "Layout",
     "add_to",
     "autocast",

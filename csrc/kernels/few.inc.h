@@ -1,8 +1,12 @@
 /* The three products of a factor and few rows, for one compute type: all real, sums real.
  *
- * The factor is used where it lies: for so few rows, packing it would cost more than the products do. The naive
- * versions: few_project:  narrow[i][j] = scale · Σ_c wide[i][c] · factor[c][j] few_expand:   wide[i][c]   = scale · Σ_j
- * narrow[i][j] · factor[c][j] few_outer:    factor[c][j] = scale · Σ_i wide[i][c] · narrow[i][j] */
+ * The factor is used where it lies: for so few rows, packing it would cost more than the products do.
+ *
+ * The naive versions:
+ *     few_project:  narrow[i][j] = scale · Σ_c wide[i][c] · factor[c][j]
+ *     few_expand:   wide[i][c] = scale · Σ_j narrow[i][j] · factor[c][j]
+ *     few_outer:    factor[c][j] = scale · Σ_i wide[i][c] · narrow[i][j]
+ */
 
 enum { PRIVATE(few_sums) = 8 }; /* as many as hide the latency of a fused multiply-add */
 
