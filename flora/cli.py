@@ -1,4 +1,4 @@
-"""The command line: ``python -m flora {finetune,inspect,merge,bench,info}``.
+"""The command line: ``python -m flora {finetune,inspect,merge,bench,study,info}``.
 
 It exits with 0 when all went well and with 2, after one sentence on stderr, for anything that its user can mend;
 ``bench`` with 1 when the machine was too busy.
@@ -29,6 +29,7 @@ from flora.deltas import Delta, Site, WeightDelta, build
 from flora.deltas.tucker import Factored
 from flora.outputs import Output
 from flora.serialization import AdapterFile, filler, read_adapter
+from flora.study import command as study_command
 from flora.tables import aligned
 
 EFFICIENTNET = "efficientnet-lite0"  # the one base that has a name of its own; any other is a folder
@@ -126,6 +127,16 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_options(bench)
     bench.set_defaults(run=_bench)
+
+    study = commands.add_parser(
+        "study",
+        help="compare methods on real tasks at equal budgets, and report",
+        description="Runs flora's study: methods at equal numbers of parameters on real pretrained networks and data, "
+        "learning rates chosen on a validation split, several seeds. Each finished run is a line of a file and is not "
+        "repeated.",
+    )
+    study_command.add_options(study)
+    study.set_defaults(run=_study)
 
     info = commands.add_parser("info", help="version, kernel level, threads, torch")
     info.set_defaults(run=_info)
@@ -318,6 +329,12 @@ def _bench(args: argparse.Namespace) -> int:
     with _user_errors():
         layers = command.chosen(args)
     return command.run(layers, args)
+
+
+def _study(args: argparse.Namespace) -> None:
+    with _user_errors():
+        study_command.check(args)
+    study_command.run(args)
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -61,27 +61,10 @@ def flora_tucker(model: nn.Module, ranks: Ranks) -> tuple[nn.Module, tuple[str, 
 
 
 def peft_lora(model: nn.Module, ranks: Ranks) -> tuple[nn.Module, tuple[str, ...]]:
-    """PEFT's LoRA on every convolution that it accepts, once the network's own class is out of its way.
-
-    PEFT builds its adapter as another instance of the layer's class, which fails for this network's self-padding
-    convolutions; so they become a padding and a stock convolution first, which is the same function.
-    """
+    """PEFT's LoRA on every convolution that it accepts, once the network's own class is out of its way."""
     peft = require("peft", extra="peft")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    for name, layer in layers.items():
-        model.set_submodule(name, _stock(layer))
-    accepted, refused = [], []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            trial = nn.Sequential()
-            trial.add_module("layer", copy.deepcopy(module))
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # that it cannot merge what it is about to refuse
-                    peft.get_peft_model(trial, peft.LoraConfig(r=ranks.rank, target_modules=["layer"]))
-                accepted.append(name)
-            except ValueError:
-                refused.append(name)
+    layers = stock_convolutions(model)
+    accepted, refused = by_acceptance(model, layers, lambda names: peft.LoraConfig(r=ranks.rank, target_modules=names))
     if not accepted:
         raise ValueError(f"PEFT's LoRA of rank {ranks.rank} accepts none of the {len(refused)} convolutions")
     config = peft.LoraConfig(
@@ -93,6 +76,37 @@ def peft_lora(model: nn.Module, ranks: Ranks) -> tuple[nn.Module, tuple[str, ...
         names = ", ".join(name.removesuffix(".1") for name in refused)  # of a stock convolution behind its padding
         notes.append(f"It refuses {len(refused)}, {depthwise} of them depthwise: {names}.")
     return peft.get_peft_model(model, config), tuple(notes)
+
+
+def stock_convolutions(model: nn.Module) -> list[str]:
+    """Makes every convolution a stock one and returns their names.
+
+    PEFT builds its adapter as another instance of the layer's class, which fails for self-padding convolutions; so they
+    become a padding and a stock convolution, which is the same function.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    for name, layer in layers.items():
+        model.set_submodule(name, _stock(layer))
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+
+
+def by_acceptance(
+    model: nn.Module, names: Iterable[str], config: Callable[[list[str]], Any]
+) -> tuple[list[str], list[str]]:
+    """The names of the layers that PEFT adapts with the configuration, and of those that it refuses."""
+    peft = require("peft", extra="peft")
+    accepted, refused = [], []
+    for name in names:
+        trial = nn.Sequential()
+        trial.add_module("layer", copy.deepcopy(model.get_submodule(name)))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it cannot merge what it is about to refuse
+                peft.get_peft_model(trial, config(["layer"]))
+            accepted.append(name)
+        except ValueError:
+            refused.append(name)
+    return accepted, refused
 
 
 def _stock(layer: nn.Conv2d) -> nn.Module:

@@ -1,1 +1,1 @@
-"""``python -m flora study``: does a delta that keeps the weight's N-D structure pay? Runs, their store and the report."""
+"""``python -m flora study``: does a delta that keeps its weight's N-D structure pay? Runs, their store, the report."""
