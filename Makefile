@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc -name '*.[ch]') setup.py pyproject.toml
 SANITIZED_TESTS := $(wildcard $(addprefix tests/test_,kernels.py boundary.py functional.py golden.py layers.py))
 
 .DEFAULT_GOAL := build
-.PHONY: build test test-slow zoo distributed peft-suite soak lint format docs demo bench sanitize clean
+.PHONY: build test test-slow zoo distributed peft-suite soak lint format docs demo bench study sanitize clean
 
 build: $(BUILT)  ## the extension, in place, with warnings as errors
 
@@ -55,6 +55,9 @@ demo: $(BUILT)
 bench: $(BUILT)  ## flora beside its peers; about twenty minutes on a quiet machine. ARGS=--help lists the options
 	$(BIN)/python -m benchmarks $(ARGS)
 
+study: $(BUILT)  ## FLoRA beside other methods on real tasks; hours. ARGS="--quick", "--part core --text-data FOLDER" …
+	$(BIN)/python -m flora study $(ARGS)
+
 # A build of its own beside the normal one. The tests run from its folder, so that it is the one they import. What Python
 # itself never frees is no leak of ours, and freed memory is held only briefly, as some tests watch the process grow.
 sanitize: $(INSTALLED)
@@ -76,6 +79,7 @@ clean:
 $(INSTALLED): constraints.txt
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps animal-mnist==0.4  # it names TensorFlow, which its images do not need
 	touch $@
 
 $(BUILT): $(INSTALLED) $(SOURCES)

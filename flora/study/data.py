@@ -107,18 +107,22 @@ def _array(name: str) -> Tensor:
             "the silhouettes need 'animal_mnist': pip install --no-deps animal-mnist", name="animal_mnist"
         )
     file = Path(spec.submodule_search_locations[0]) / "data" / "Animal_MNIST" / name
-    return torch.from_numpy(_Arrays(io.BytesIO(gzip.decompress(file.read_bytes()))).load())
+    return torch.from_numpy(arrays(gzip.decompress(file.read_bytes())))
+
+
+def arrays(pickled: bytes) -> Any:
+    """A pickled array. Raises pickle.UnpicklingError, and runs nothing, if there is anything else in it."""
+    return _Arrays(io.BytesIO(pickled)).load()
 
 
 class _Arrays(pickle.Unpickler):
-    """Reads pickled arrays and nothing else, so that a file cannot run code."""
-
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("numpy", "ndarray") or (module, name) == ("numpy", "dtype"):
-            return super().find_class(module, name)
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
-            return super().find_class("numpy._core.multiarray", name)
+        if module.replace("numpy.core", "numpy._core").startswith("numpy") and name in _ARRAY_PARTS:
+            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
         raise pickle.UnpicklingError(f"{module}.{name} in a file that should hold an array")
+
+
+_ARRAY_PARTS = ("ndarray", "dtype", "_reconstruct", "_frombuffer")
 
 
 Lines = tuple[list[str], list[int]]
@@ -189,7 +193,9 @@ def _hugging_face(name: str) -> Corpus:
     parts = [loaded[split] for split in ("train", "test") if split in loaded]
     if not parts or "label" not in parts[0].column_names:
         raise ValueError(f"--text-data {name!r} has splits {list(loaded)}: a train split with a label is needed")
-    text = next((c for c, kind in parts[0].features.items() if getattr(kind, "dtype", None) == "string"), None)
+    text = next(
+        (c for c, kind in parts[0].features.items() if getattr(kind, "dtype", None) in ("string", "large_string")), None
+    )
     if text is None:
         raise ValueError(f"--text-data {name!r} has no column of strings among {parts[0].column_names}")
     values = sorted(set(parts[0]["label"]))

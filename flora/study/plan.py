@@ -8,7 +8,8 @@ from typing import Any
 
 from flora.study.records import Record, digest
 
-LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+MIDDLE_RATES = LEARNING_RATES[2:5]  # where every delta's best one lies: the grid of the parts after the first two
 SEARCH_SEED = 0
 SEEDS = (1, 2, 3)
 SHARE = 0.04  # of the adapted weights' entries, as trainable parameters
@@ -103,49 +104,55 @@ def comparisons(parts: Sequence[str], tasks: dict[str, int]) -> Iterator[Compari
             for method in MAIN_METHODS:
                 yield one("core", task, method, keep_updates=True)
     if "networks" in parts:
-        for task in ("resnet-digits", "vit-digits", "llama-trec", "polarity"):
-            if task in tasks and task not in main:
-                for method in MAIN_METHODS:
-                    yield one("networks", task, method, keep_updates=True)
-    if "methods" in parts:
-        for task in main:
-            for method in OTHER_METHODS:
-                yield one("methods", task, method, keep_updates=True)
-    if "budgets" in parts:
-        for task in main:
-            for share in SHARES:
-                for method in BUDGETED if share != SHARE else ():
-                    yield one("budgets", task, method, share)
+        for task in ("resnet-digits", "vit-digits", "llama-trec"):
+            for method in MAIN_METHODS if task in tasks else ():
+                yield one("networks", task, method, keep_updates=True)
+    broad = [name for name in ("animals", "resnet-digits", text) if name in tasks]
+    narrow = [name for name in ("animals", "resnet-digits") if name in tasks]
     if "scale" in parts:  # at the learning rate that was best for scale 1
-        for task in main:
+        for task in narrow:
             for method in ("flora", "lora"):
                 for scale in (0.25, 4.0, 16.0):
                     yield like("scale", task, method, {"scale": scale})
     if "start" in parts:
-        for task in main:
-            for options in (
-                {"init": "orthogonal", "gain": "matched"},
-                {"init": "hosvd", "gain": "matched"},
-                {"draw": "unit", "gain": "matched"},
-            ):
-                yield one("start", task, "flora", options=options)
+        for task in narrow:
+            for options in STARTS:
+                yield one("start", task, "flora", options=options, lrs=MIDDLE_RATES)
     if "core-lr" in parts:
-        for task in main:
+        for task in narrow:
             for times in (0.25, 4.0, 16.0):
                 yield like("core-lr", task, "flora", {"core_lr": times})
+    if "batch-norm" in parts:
+        for task in narrow:
+            for method in ("flora", "lora"):
+                yield like("batch-norm", task, method, {"batch_norm": "moving"})
+    if "methods" in parts:
+        for task in broad:
+            for method in OTHER_METHODS:
+                yield one("methods", task, method, lrs=MIDDLE_RATES, keep_updates=True)
+    if "budgets" in parts:
+        for task in broad:
+            for share in SHARES:
+                for method in BUDGETED if share != SHARE else ():
+                    yield one("budgets", task, method, share, lrs=MIDDLE_RATES)
     if "alpha" in parts:  # a learning rate found at one rank, taken to others
-        for task in main:
+        for task in narrow:
             for share in SHARES:
                 for options in ALPHAS if share != SHARE else ():
                     yield like("alpha", task, "lora", options, share)
-    if "batch-norm" in parts:
-        for task in ("digits", "animals", "resnet-digits"):
-            for method in ("flora", "lora"):
-                yield like("batch-norm", task, method, {"batch_norm": "moving"})
+    if "networks" in parts and "polarity" in tasks and "polarity" not in main:
+        for method in MAIN_METHODS:
+            yield one("networks", "polarity", method, keep_updates=True)
 
 
-PARTS = ("core", "networks", "methods", "budgets", "scale", "start", "core-lr", "alpha", "batch-norm")
+PARTS = ("core", "networks", "scale", "start", "core-lr", "batch-norm", "methods", "budgets", "alpha")
 """In the order in which they run; each is of use without those after it."""
+
+STARTS: tuple[dict[str, Any], ...] = (
+    {"init": "orthogonal", "gain": "matched"},
+    {"init": "hosvd", "gain": "matched"},
+    {"draw": "unit", "gain": "matched"},
+)
 
 ALPHAS: tuple[dict[str, Any], ...] = ({}, {"alpha_rule": "rank"}, {"alpha_rule": "sqrt"})
 """ΔW times 1, alpha / r and alpha / √r, all 1 at the middle budget."""
