@@ -95,6 +95,11 @@ def comparisons(parts: Sequence[str], tasks: dict[str, int]) -> Iterator[Compari
         standard = one("core", task, method)
         return one(part, task, method, share, options=options, like=standard)
 
+    def budgets(part: str, task: str) -> Iterator[Comparison]:
+        for share in SHARES:
+            for method in BUDGETED if share != SHARE else ():
+                yield one(part, task, method, share, lrs=MIDDLE_RATES)
+
     if "quick" in parts:
         for method in MAIN_METHODS:
             share = None if method in UNSHARED else SHARE
@@ -107,7 +112,6 @@ def comparisons(parts: Sequence[str], tasks: dict[str, int]) -> Iterator[Compari
         for task in ("resnet-digits", "vit-digits", "llama-trec"):
             for method in MAIN_METHODS if task in tasks else ():
                 yield one("networks", task, method, keep_updates=True)
-    broad = [name for name in ("animals", "resnet-digits", text) if name in tasks]
     narrow = [name for name in ("animals", "resnet-digits") if name in tasks]
     if "scale" in parts:  # at the learning rate that was best for scale 1
         for task in narrow:
@@ -127,25 +131,26 @@ def comparisons(parts: Sequence[str], tasks: dict[str, int]) -> Iterator[Compari
             for method in ("flora", "lora"):
                 yield like("batch-norm", task, method, {"batch_norm": "moving"})
     if "methods" in parts:
-        for task in broad:
+        for task in narrow:
             for method in OTHER_METHODS:
                 yield one("methods", task, method, lrs=MIDDLE_RATES, keep_updates=True)
     if "budgets" in parts:
-        for task in broad:
-            for share in SHARES:
-                for method in BUDGETED if share != SHARE else ():
-                    yield one("budgets", task, method, share, lrs=MIDDLE_RATES)
+        for task in narrow:
+            yield from budgets("budgets", task)
     if "alpha" in parts:  # a learning rate found at one rank, taken to others
         for task in narrow:
             for share in SHARES:
                 for options in ALPHAS if share != SHARE else ():
                     yield like("alpha", task, "lora", options, share)
-    if "networks" in parts and "polarity" in tasks and "polarity" not in main:
-        for method in MAIN_METHODS:
-            yield one("networks", "polarity", method, keep_updates=True)
+    if "texts" in parts and text is not None:
+        yield from budgets("texts", text)
+        for method in OTHER_METHODS:
+            yield one("texts", text, method, lrs=MIDDLE_RATES, keep_updates=True)
+        for method in MAIN_METHODS if "polarity" in tasks and text != "polarity" else ():
+            yield one("texts", "polarity", method, keep_updates=True)
 
 
-PARTS = ("core", "networks", "scale", "start", "core-lr", "batch-norm", "methods", "budgets", "alpha")
+PARTS = ("core", "networks", "scale", "start", "core-lr", "batch-norm", "methods", "budgets", "alpha", "texts")
 """In the order in which they run; each is of use without those after it."""
 
 STARTS: tuple[dict[str, Any], ...] = (
