@@ -27,9 +27,11 @@ from flora.bench import command
 from flora.config import DeltaConfig
 from flora.deltas import Delta, Site, WeightDelta, build
 from flora.deltas.tucker import Factored
+from flora.filling import Filler
+from flora.manifest import AdapterFile, read_adapter
 from flora.outputs import Output
-from flora.serialization import AdapterFile, filler, read_adapter
 from flora.tables import aligned
+from flora.tensor_files import Tensors
 
 EFFICIENTNET = "efficientnet-lite0"  # the one base that has a name of its own; any other is a folder
 
@@ -207,6 +209,7 @@ def _count(tensors: Mapping[str, Tensor]) -> int:
 def _delta(file: AdapterFile, name: str, tensors: Mapping[str, Tensor]) -> Delta:
     """A module's delta, in float64, without the module. Raises ValueError, naming it, if its tensors do not fit."""
     entry = file.layers[name]
+    fill = Filler(Tensors.of({f"{name}.{key}": tensor for key, tensor in tensors.items()}), {name: entry.scale})
     vectors = [tensors[key].shape for key in ("row", "shift") if key in tensors]  # RescaleDelta's
     site = Site(
         entry.shape,
@@ -216,10 +219,10 @@ def _delta(file: AdapterFile, name: str, tensors: Mapping[str, Tensor]) -> Delta
         norm_offset=0.0 if entry.shape in vectors else None,
         output=Output(entry.shape[0]),
         shapes_only=True,
+        most=fill.elements(name),
     )
     delta = build(file.config_of(name), site).requires_grad_(False)
-    own = {f"{name}.{key}": tensor for key, tensor in tensors.items()}
-    filler(own, {name: entry.scale})({name: delta}, {})
+    fill({name: delta}, {})
     return delta
 
 

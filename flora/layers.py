@@ -132,11 +132,18 @@ class AdaptedLayer(nn.Module):
     # Deltas ---------------------------------------------------------------------------------------------------------
 
     def add_delta(
-        self, adapter: str, config: DeltaConfig, *, trainable: bool = True, shapes_only: bool = False
+        self,
+        adapter: str,
+        config: DeltaConfig,
+        *,
+        trainable: bool = True,
+        shapes_only: bool = False,
+        most: int | None = None,
     ) -> Delta:
         """Builds the delta of ``config`` under the name ``adapter``; it is not active before `set_active`.
 
-        With ``shapes_only`` nothing is drawn or decomposed, for values that are loaded afterwards.
+        With ``shapes_only`` nothing is drawn or decomposed, for values that are loaded afterwards; ``most`` is the
+        number of them, and a parameter of more is a ValueError.
 
         Raises TypeError, naming the module, if such a delta cannot be put on it; ValueError for a name that is taken or
         unfit, ranks that do not fit, or dropout on a layer whose delta has no input of its own (packed attention,
@@ -151,7 +158,7 @@ class AdaptedLayer(nn.Module):
         reason = self._undroppable(config)
         if reason is not None:
             raise ValueError(f"{self._label}: {reason}")
-        delta = _deltas.build(config, self._site(config, shapes_only))
+        delta = _deltas.build(config, replace(self._site(config, shapes_only), most=most))
         if isinstance(delta, WeightDelta) and not self._kind.shiftable and delta.bias_update(None) is not None:
             raise TypeError(
                 f"{self._label} cannot be adapted: the bias of {describe(self.base_layer)} cannot be updated"

@@ -5,13 +5,11 @@ Every verb is all or nothing: what can be checked is checked before the first ch
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from numbers import Real
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
@@ -20,6 +18,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from flora import base_dtype as half
 from flora.config import DeltaConfig
+from flora.config.base import is_real
 from flora.deltas import Delta
 from flora.distributed import check_whole, settle
 from flora.kinds import is_product
@@ -54,6 +53,16 @@ class State:
     """The dtype that the base was cast to; None for a base as it came."""
     watching: bool = False
     """Whether the next training step is still to show that it reaches every delta."""
+
+
+class Fill(Protocol):
+    """Where the values of an adapter come from that is not drawn."""
+
+    def elements(self, where: str) -> int:
+        """How many numbers there are for a module."""
+
+    def __call__(self, deltas: Mapping[str, Delta], copies: Mapping[str, nn.Module]) -> None:
+        """Load the values of deltas and of copies of ``modules_to_save``, by name."""
 
 
 # What is there -----------------------------------------------------------------------------------------------------
@@ -232,7 +241,7 @@ def install(
     selection: Selection,
     *,
     trainable: bool = True,
-    fill: Callable[[Mapping[str, Delta], Mapping[str, nn.Module]], None] | None = None,
+    fill: Fill | None = None,
     base_dtype: torch.dtype | None = None,
 ) -> None:
     """Put an adapter on the modules of a selection.
@@ -241,8 +250,7 @@ def install(
         config: what the model remembers of it; each layer of the selection has its own.
         trainable: False freezes the adapter as well.
         base_dtype: as of `adapt`, checked.
-        fill: is given the deltas and the copies of ``modules_to_save`` by name before the model is changed, to load
-            their values; may raise.
+        fill: loads the values before the model is changed; may raise.
 
     Raises:
         ValueError: a name that is taken; a ``base_dtype`` for a base that other adapters use in another; with
@@ -298,7 +306,11 @@ def install(
                 new = layer is not target.module
             assert target.config is not None
             deltas[target.name] = layer.add_delta(
-                name, target.config, trainable=trainable, shapes_only=fill is not None
+                name,
+                target.config,
+                trainable=trainable,
+                shapes_only=fill is not None,
+                most=None if fill is None else fill.elements(target.name),
             )
             if not new:
                 undo.callback(layer.delete_delta, name)
@@ -509,7 +521,7 @@ def set_adapter(
     for one in (*weights, *learning):
         check_adapter(state, one)
     for one, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
+        if not is_real(weight):
             raise ValueError(f"name={name!r}: the weight {weight!r} of {one!r} must be a finite number")
     _check_unmerged(model)
     settle(model)

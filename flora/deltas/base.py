@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -41,13 +42,17 @@ class Site:
     """Whether rows of the weight are looked up, as those of an Embedding are."""
     shapes_only: bool = False
     """Only the parameters' shapes are asked for: nothing has to be drawn or decomposed."""
+    most: int | None = None
+    """The most numbers that a parameter can have: those of the file that it is to be filled from."""
 
     @property
     def label(self) -> str:
         return self.name or "layer"
 
     def parameter(self, *shape: int) -> nn.Parameter:
-        """A parameter of zeros on the layer's device, in the delta's dtype."""
+        """A parameter of zeros on the layer's device, in the delta's dtype. ValueError for one above `most`."""
+        if self.most is not None and math.prod(shape) > self.most:
+            raise ValueError(f"{self.label}: a parameter {shape} is asked for, and the file has {self.most} numbers")
         return nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=self.device))
 
 
