@@ -257,6 +257,7 @@ def _merge(args: argparse.Namespace) -> None:
         model = _base(args.base, read_adapter(args.adapter))
         tied = _tied(model)
         flora.load_adapter(model, args.adapter, trainable=False)
+        report = flora.merge(model)
         flora.unload(model, merge=True)
     still = _tied(model)
     tensors = {name: t.contiguous() for name, t in model.state_dict().items() if name not in still}
@@ -269,6 +270,7 @@ def _merge(args: argparse.Namespace) -> None:
     finally:
         aside.unlink(missing_ok=True)
     print(f"{args.adapter} merged into {args.base}: {target} ({target.stat().st_size / 2**20:.1f} MiB)")
+    print(report)
     for name in tied.keys() - still.keys():
         print(f"{name} was tied to {tied[name]} and is no longer: load it with tie_word_embeddings=False or the like")
 

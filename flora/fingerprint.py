@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from flora import base_dtype as half
 from flora.distributed import model_class, whole
 from flora.kinds import is_foreign
-from flora.model import adapted_layers, disabled
+from flora.model import disabled
+from flora.state import adapted_layers
 from flora.targets import inside, places
 
 _DIFFERENCES = 6  # quoted of two bases

@@ -44,7 +44,8 @@ from flora.manifest import (
     parse,
     read_adapter,
 )
-from flora.model import Adapter, adapted_layers, check_adapter, check_model, install, saved_modules, state_of
+from flora.model import check_model, install
+from flora.state import Adapter, adapted_layers, check_adapter, saved_modules, state_of
 from flora.targets import Configs, places, select_named
 from flora.tensor_files import MOST_TEXT, Tensors, parse_safetensors, read_torch
 

@@ -28,6 +28,7 @@ SELECTORS = (
 """The fields that say which layers, and which are otherwise."""
 
 _Value = TypeVar("_Value")
+_LARGEST: Any = sys.float_info.max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,12 +297,12 @@ def ranks_up_to(most: int) -> Sequence[Mapping[str, Any]]:
 
 def is_int(value: Any) -> bool:
     """Whether a value is a whole number that can count what a tensor has."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and abs(value) <= sys.maxsize
+    return isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) <= sys.maxsize
 
 
 def is_real(value: Any) -> bool:
     """Whether a value is a finite number that a float can be."""
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= sys.float_info.max)
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(-_LARGEST <= value <= _LARGEST)
 
 
 def is_names(value: Any) -> bool:

@@ -67,11 +67,13 @@ class Delta(nn.Module):
     config
         the configuration it was built from, patterns already applied.
     scale
-        the factor s on the update. May be changed at any time while the layer is not merged.
+        the factor s on the update. While the layer is merged, setting it or ``strength`` is a RuntimeError.
     strength
         a second factor, which `flora.set_adapter` sets where adapters are weighted; 1 otherwise.
     shape
         the weight's shape in the order (out, in, *k), or that of a block's matrix.
+    merged_in
+        the name of the layer that it is merged into; None while it is not.
     """
 
     config_type: ClassVar[type[DeltaConfig]]
@@ -91,6 +93,12 @@ class Delta(nn.Module):
         self.scale = config.resolved_scale
         self.strength = 1.0
         self.shape = site.shape
+        self.merged_in: str | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("scale", "strength") and self.__dict__.get("merged_in") is not None:
+            raise RuntimeError(f"{self.merged_in}: {name}={value!r} cannot be set while it is merged; unmerge first")
+        super().__setattr__(name, value)
 
     def set_trainable(self, trainable: bool) -> None:
         """Let the parts that the configuration names learn, or none."""

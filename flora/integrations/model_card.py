@@ -16,8 +16,8 @@ import flora
 from flora.config import DeltaConfig
 from flora.folders import replace_file
 from flora.manifest import CARD_FILE, CONFIG_FILE
-from flora.model import check_adapter, state_of
 from flora.report import LayerRow, summary
+from flora.state import check_adapter, state_of
 from flora.targets import Configs
 
 

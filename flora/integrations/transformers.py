@@ -19,8 +19,8 @@ from flora.deltas import Delta
 from flora.filling import Filler
 from flora.integrations.model_card import write_model_card
 from flora.manifest import CONFIG_FILE, read_adapter
-from flora.model import adapted_layers, saved_modules, state_of
 from flora.serialization import save_adapter
+from flora.state import adapted_layers, check_unmerged, saved_modules, state_of
 from flora.tensor_files import Tensors
 
 __all__ = ["AdapterCheckpoints", "AdapterTrainer", "restore_adapter", "write_model_card"]
@@ -109,7 +109,9 @@ def restore_adapter(model: nn.Module, directory: str | os.PathLike[str], name: s
         FileNotFoundError: no such folder.
         ValueError: a damaged file, or an adapter of other modules or shapes; the message names the file and the module.
             Nothing is changed.
+        RuntimeError: some of the model is merged.
     """
+    check_unmerged(model)
     file = read_adapter(directory)
     deltas = {
         where: cast(Delta, layer.deltas[name]) for where, layer in adapted_layers(model).items() if name in layer.deltas
