@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc -name '*.[ch]') setup.py pyproject.toml
 SANITIZED_TESTS := $(wildcard $(addprefix tests/test_,kernels.py boundary.py functional.py golden.py layers.py))
 
 .DEFAULT_GOAL := build
-.PHONY: build test test-slow zoo distributed peft-suite soak lint format docs demo bench study sanitize clean
+.PHONY: build test test-slow zoo distributed peft-suite soak crash-saves lint format docs demo bench study sanitize clean
 
 build: $(BUILT)  ## the extension, in place, with warnings as errors
 
@@ -34,6 +34,9 @@ peft-suite: $(BUILT)  ## PEFT's own tests, from its source distribution, with FL
 
 soak: $(BUILT)  ## one process through a thousand adapters, which it must not remember
 	$(BIN)/python -m pytest -m slow tests/test_soak.py $(ARGS)
+
+crash-saves: $(BUILT)  ## saves that are killed, that find the disk full, that run at once; as root also on a disk of its own
+	$(BIN)/python tests/crash_saves.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

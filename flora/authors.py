@@ -8,11 +8,9 @@ the factor. The files hold no scale.
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -33,19 +31,6 @@ class Translation:
     """The modules of ``modules_to_save``."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """As an `AdapterFile` has them."""
-
-
-def read_torch(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .pt, .pth or .bin file; ValueError, naming it, for anything but tensors by name."""
-    if path.suffix not in (".pt", ".pth", ".bin"):
-        raise ValueError(f"{path} is neither an adapter folder nor a .safetensors, .pt, .pth or .bin file")
-    try:
-        loaded = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch all raise their own
-        raise ValueError(f"{path} is not a file of tensors that can be read safely: {error}") from error
-    if not isinstance(loaded, Mapping) or not all(isinstance(item, Tensor) for item in loaded.values()):
-        raise ValueError(f"{path} holds {type(loaded).__name__}, not tensors by name")
-    return {str(key): tensor.detach() for key, tensor in loaded.items()}
 
 
 def translate(

@@ -27,10 +27,12 @@ from flora.bench import command
 from flora.config import DeltaConfig
 from flora.deltas import Delta, Site, WeightDelta, build
 from flora.deltas.tucker import Factored
+from flora.filling import Filler
+from flora.manifest import AdapterFile, read_adapter
 from flora.outputs import Output
-from flora.serialization import AdapterFile, filler, read_adapter
 from flora.study import command as study_command
 from flora.tables import aligned
+from flora.tensor_files import Tensors
 
 EFFICIENTNET = "efficientnet-lite0"  # the one base that has a name of its own; any other is a folder
 
@@ -218,6 +220,7 @@ def _count(tensors: Mapping[str, Tensor]) -> int:
 def _delta(file: AdapterFile, name: str, tensors: Mapping[str, Tensor]) -> Delta:
     """A module's delta, in float64, without the module. Raises ValueError, naming it, if its tensors do not fit."""
     entry = file.layers[name]
+    fill = Filler(Tensors.of({f"{name}.{key}": tensor for key, tensor in tensors.items()}), {name: entry.scale})
     vectors = [tensors[key].shape for key in ("row", "shift") if key in tensors]  # RescaleDelta's
     site = Site(
         entry.shape,
@@ -227,10 +230,10 @@ def _delta(file: AdapterFile, name: str, tensors: Mapping[str, Tensor]) -> Delta
         norm_offset=0.0 if entry.shape in vectors else None,
         output=Output(entry.shape[0]),
         shapes_only=True,
+        most=fill.elements(name),
     )
     delta = build(file.config_of(name), site).requires_grad_(False)
-    own = {f"{name}.{key}": tensor for key, tensor in tensors.items()}
-    filler(own, {name: entry.scale})({name: delta}, {})
+    fill({name: delta}, {})
     return delta
 
 
@@ -265,6 +268,7 @@ def _merge(args: argparse.Namespace) -> None:
         model = _base(args.base, read_adapter(args.adapter))
         tied = _tied(model)
         flora.load_adapter(model, args.adapter, trainable=False)
+        report = flora.merge(model)
         flora.unload(model, merge=True)
     still = _tied(model)
     tensors = {name: t.contiguous() for name, t in model.state_dict().items() if name not in still}
@@ -277,6 +281,7 @@ def _merge(args: argparse.Namespace) -> None:
     finally:
         aside.unlink(missing_ok=True)
     print(f"{args.adapter} merged into {args.base}: {target} ({target.stat().st_size / 2**20:.1f} MiB)")
+    print(report)
     for name in tied.keys() - still.keys():
         print(f"{name} was tied to {tied[name]} and is no longer: load it with tie_word_embeddings=False or the like")
 

@@ -19,11 +19,11 @@ from torch.nn.modules import module as _module
 from torch.nn.utils import parametrize
 
 from flora import deltas as _deltas
+from flora import merging
 from flora.config import DeltaConfig
 from flora.deltas import Delta, OutputDelta, Site, WeightDelta
-from flora.distributed import is_sharded
 from flora.effective import effective_weight
-from flora.functional import compute_dtype, exact
+from flora.functional import compute_dtype
 from flora.intercept import Intercept, Watch
 from flora.kinds import (
     ATTENTION,
@@ -44,7 +44,7 @@ from flora.norms import norm_op, offset
 from flora.ops import LINEAR, ConvOp, Op
 from flora.outputs import output_of
 
-_Parameters = dict[str, nn.Parameter | None]
+_Parameters = merging.Parameters
 
 __all__ = ["AdaptedLayer", "alone", "check_adapter_name", "is_adaptable", "refusal", "wrap"]
 
@@ -132,11 +132,18 @@ class AdaptedLayer(nn.Module):
     # Deltas ---------------------------------------------------------------------------------------------------------
 
     def add_delta(
-        self, adapter: str, config: DeltaConfig, *, trainable: bool = True, shapes_only: bool = False
+        self,
+        adapter: str,
+        config: DeltaConfig,
+        *,
+        trainable: bool = True,
+        shapes_only: bool = False,
+        most: int | None = None,
     ) -> Delta:
         """Builds the delta of ``config`` under the name ``adapter``; it is not active before `set_active`.
 
-        With ``shapes_only`` nothing is drawn or decomposed, for values that are loaded afterwards.
+        With ``shapes_only`` nothing is drawn or decomposed, for values that are loaded afterwards; ``most`` is the
+        number of them, and a parameter of more is a ValueError.
 
         Raises TypeError, naming the module, if such a delta cannot be put on it; ValueError for a name that is taken or
         unfit, ranks that do not fit, or dropout on a layer whose delta has no input of its own (packed attention,
@@ -151,7 +158,7 @@ class AdaptedLayer(nn.Module):
         reason = self._undroppable(config)
         if reason is not None:
             raise ValueError(f"{self._label}: {reason}")
-        delta = _deltas.build(config, self._site(config, shapes_only))
+        delta = _deltas.build(config, replace(self._site(config, shapes_only), most=most))
         if isinstance(delta, WeightDelta) and not self._kind.shiftable and delta.bias_update(None) is not None:
             raise TypeError(
                 f"{self._label} cannot be adapted: the bias of {describe(self.base_layer)} cannot be updated"
@@ -245,7 +252,7 @@ class AdaptedLayer(nn.Module):
             weight: Tensor = _held(base, "weight")
             if kind is EMBEDDING:
                 return self._embed(args[0], weight, base.padding_idx, deltas)  # type: ignore[arg-type]
-            bias = _shifted(_held(base, "bias"), deltas, weight.dtype)
+            bias = merging.shifted(_held(base, "bias"), deltas, weight.dtype)
             if kind is NORM:
                 return norm_op(base).base(args[0], self._effective(weight, deltas), bias)
             return self._call(kind.op(base), args[0], kind.turned(weight), bias, deltas)
@@ -355,7 +362,7 @@ class AdaptedLayer(nn.Module):
                 return tensor is computed or tensor is base._parameters.get(name) or tensor is base.__dict__.get(name)
 
             def shift(bias: Tensor | None) -> Tensor | None:
-                return _shifted(bias, deltas, self._base_weight().dtype)
+                return merging.shifted(bias, deltas, self._base_weight().dtype)
 
             own = base._parameters.get("bias", base.__dict__.get("bias"))
             bias = own if isinstance(own, Tensor) else None
@@ -384,19 +391,7 @@ class AdaptedLayer(nn.Module):
 
     def _effective(self, weight: Tensor, deltas: Sequence[WeightDelta]) -> Tensor:
         """W + Σ s·ΔW in W's orientation and dtype, summed above half precision and rounded once."""
-        turned = self._kind.turned(weight)
-        if len(deltas) == 1:
-            total = deltas[0].effective_weight(turned)
-        else:
-            total = turned.to(compute_dtype(weight.dtype))
-            for delta in deltas:  # each of the frozen weight, on which some depend
-                total = total + delta.alone(turned)
-            total = total.to(weight.dtype)
-        padding_idx = self.base_layer.padding_idx if self._kind is EMBEDDING else None
-        if padding_idx is not None:  # the padding row is no part of the delta
-            row = torch.tensor([padding_idx], device=weight.device) % len(weight)
-            total = total.index_copy(0, row, weight[row])
-        return self._kind.turned(total)
+        return merging.effective(self.base_layer, self._kind, weight, deltas)
 
     def _read_weight(self, deltas: Sequence[WeightDelta], overridable: bool) -> Tensor:
         """The effective weight as an attribute, computed when its values are first used.
@@ -433,7 +428,7 @@ class AdaptedLayer(nn.Module):
             if used and name != "bias":
                 return self._read_weight(deltas, overridable=bool(self._of_output))
             if deltas and "bias" in base._parameters:
-                return _shifted(getattr(base, name), deltas, self._base_weight().dtype)
+                return merging.shifted(getattr(base, name), deltas, self._base_weight().dtype)
         try:
             return getattr(base, name)
         except AttributeError:
@@ -466,39 +461,24 @@ class AdaptedLayer(nn.Module):
 
     def check_mergeable(self) -> str | None:
         """Why the active deltas cannot be merged into the base, or None if they can."""
-        base, kind, name = self.base_layer, self._kind, self._kind.weight_name
-        deltas, blocks = self._deltas(), self._blocks()
-        for block in blocks:
-            reason = block.unmergeable()
-            if reason is not None:
-                return f"the block after it cannot be taken into a weight: {reason}"
-        stock = kind.stock(base) and not base._forward_hooks
-        if blocks and not (stock and kind.name in ("linear", "conv")):
-            return f"the block after this {describe(base)} could only be taken into a plain Linear or convolution"
-        if blocks and getattr(base, "groups", 1) != 1:
-            return f"the block after it mixes its {base.groups} groups, which no weight of a {describe(base)} does"
-        if kind.opaque:
-            return f"the weight of {describe(base)} is quantised or packed"
-        if parametrize.is_parametrized(base, name):
-            return f"its {name} is parametrised and computed at every access"
-        parameter = base._parameters.get(name)
-        if parameter is None:
-            return f"its {name} is not a parameter but set anew in each forward (weight_norm or another hook)"
-        if parameter.is_meta:
-            return f"its {name} is on the meta device"
-        if is_sharded(parameter):
-            return f"its {name} is sharded over processes"
-        shifts = any(delta.bias_update(None) is not None for delta in deltas)
-        if shifts and not kind.stock(base) and base._parameters.get("bias") is None:
-            return "it has no bias, and whether its own forward would add one is not known (bias=False has no shift)"
-        return None
+        return merging.unmergeable(self.base_layer, self._kind, self._deltas(), self._blocks())
 
-    def merge(self) -> None:
+    def merge(self, *, safe: bool = False, max_loss: float = merging.MAX_LOSS) -> float:
         """Puts W + Σ s·ΔW of the active adapters into the base, as a new parameter, and likewise the bias.
 
         Computed in float32 (float64 for a float64 base) and rounded once to the base's dtype. A parameter that is
-        shared with another module stays as it was there. Raises RuntimeError, naming the module, where that is
-        impossible, when already merged, or with no active adapter.
+        shared with another module stays as it was there. While merged, scales cannot be set; a change of the deltas'
+        own values reaches the weight when they are merged again.
+
+        Args:
+            safe: refuse what is not finite in the base's dtype, or loses more by rounding to it than ``max_loss``.
+
+        Returns:
+            The share of the update that the rounding has lost, as in `flora.model.merge`.
+
+        Raises:
+            RuntimeError: naming the module, where that is impossible or refused, when already merged, or with no active
+                adapter. Nothing is changed.
         """
         reason = self.check_mergeable()
         if reason is None and self.merged:
@@ -507,27 +487,17 @@ class AdaptedLayer(nn.Module):
             reason = "no adapter is active"
         if reason is not None:
             raise RuntimeError(f"{self._label} cannot be merged: {reason}")
-        deltas, blocks = self._deltas(), self._blocks()
-        own = self.base_layer._parameters
-        weight, bias = own[self._kind.weight_name], own.get("bias")
-        assert weight is not None
-        with torch.no_grad(), exact(weight.device.type):
-            total = self._effective(weight if not blocks else weight.to(compute_dtype(weight.dtype)), deltas)
-            shifted = _shifted(bias, deltas, total.dtype)
-            if blocks:
-                total = self._kind.turned(total)
-                shifted = None if shifted is None else shifted.to(total.dtype)
-                for block in blocks:
-                    total, shifted = block.merged(total, shifted)
-                total = self._kind.turned(total).to(weight.dtype)
-            if total.data_ptr() == weight.data_ptr():  # where only the bias is updated
-                total = total.clone()
-            combined: _Parameters = {self._kind.weight_name: _frozen(total)}
-            if shifted is not bias and shifted is not None:
-                combined["bias"] = _frozen(shifted.to(weight.dtype if bias is None else bias.dtype))
-        self._original, self._combined = {name: own.get(name) for name in combined}, combined
-        self._merged = True
+        deltas = [*self._deltas(), *self._blocks()]
+        combined, lost = merging.merged(self.base_layer, self._kind, self._deltas(), self._blocks())
+        reason = merging.unsafe(combined, lost, max_loss) if safe else None
+        if reason is not None:
+            raise RuntimeError(f"{self._label} cannot be merged safely: {reason}")
+        self._original = {name: self.base_layer._parameters.get(name) for name in combined}
+        self._combined, self._merged = combined, True
+        for delta in deltas:
+            delta.merged_in = self._label
         self._install()
+        return lost
 
     def unmerge(self) -> None:
         """Puts the original parameters back: the very same ones. RuntimeError, naming the module, if not merged."""
@@ -538,6 +508,8 @@ class AdaptedLayer(nn.Module):
 
     def _forget_merged(self) -> None:
         self._merged, self._original, self._combined = False, {}, {}
+        for _, delta in self.adapters():
+            delta.merged_in = None
 
     def _install(self) -> None:
         """The parameters that the base should hold now, while merged."""
@@ -578,11 +550,14 @@ class AdaptedLayer(nn.Module):
                 state[key] = parameter if kwargs.get("keep_vars") else parameter.detach()
         return state
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # A state holds the frozen weight and the deltas: a merged layer takes them unmerged, and merges again.
-        self._merge_again = self.merged
+    def put_aside(self) -> None:
+        """Unmerge while a state is loaded, which holds the frozen weight and the deltas, and merge again after it."""
+        self._merge_again = self._merge_again or self.merged
         if self.merged:
             self.unmerge()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.put_aside()
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -670,22 +645,6 @@ def site_of(module: nn.Module, config: DeltaConfig, name: str, shapes_only: bool
         looked_up=kind is EMBEDDING,
         shapes_only=shapes_only,
     )
-
-
-def _shifted(bias: Tensor | None, deltas: Sequence[WeightDelta], dtype: torch.dtype) -> Tensor | None:
-    """The bias with what the deltas add to it, summed above half precision and rounded once to the weight's dtype."""
-    total: Tensor | None = None
-    for delta in deltas:
-        shift = delta.bias_update(bias)
-        if shift is not None:
-            total = shift if total is None else total + shift
-    if total is None:
-        return bias
-    return (total if bias is None else total + bias.to(total.dtype)).to(dtype)
-
-
-def _frozen(value: Tensor) -> nn.Parameter:
-    return nn.Parameter(value, requires_grad=False)
 
 
 def _merge_again(layer: nn.Module, incompatible_keys: Any) -> None:

@@ -5,138 +5,51 @@ Every verb is all or nothing: what can be checked is checked before the first ch
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from numbers import Real
-from typing import Any, TypeVar, cast
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from flora import base_dtype as half
 from flora.config import DeltaConfig
+from flora.config.base import is_real
 from flora.deltas import Delta
 from flora.distributed import check_whole, settle
+from flora.hooks import hold_base, release, watch
 from flora.kinds import is_product
 from flora.layers import AdaptedLayer, check_adapter_name
-from flora.parameters import AdaptedModule, AdaptedParameter
+from flora.merging import MAX_LOSS, MergeReport
+from flora.parameters import AdaptedModule
 from flora.saved import SavedModule
-from flora.targets import Configs, Place, Selection, Target, distinct, inside, joined, places, select
+from flora.state import (
+    Adapter,
+    State,
+    adapted_layers,
+    base_parameters,
+    check_adapter,
+    check_unmerged,
+    own_state,
+    saved_modules,
+    set_state,
+    state_of,
+)
+from flora.targets import Configs, Selection, Target, distinct, inside, places, select
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-@dataclass
-class Adapter:
-    """What a model remembers of one adapter."""
+class Fill(Protocol):
+    """Where the values of an adapter come from that is not drawn."""
 
-    config: Configs
-    patterns: dict[str, str] = field(default_factory=dict)
-    """The pattern of the mapping that each layer matched, by the layer's name; "" if one configuration serves all."""
-    left_alone: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Class and reason, by name, of what was left alone."""
+    def elements(self, where: str) -> int:
+        """How many numbers there are for a module."""
 
-
-@dataclass
-class State:
-    """What a model remembers of its adapters. It holds no module, so that models can be copied and pickled."""
-
-    adapters: dict[str, Adapter] = field(default_factory=dict)
-    active: tuple[str, ...] = ()
-    requires_grad: dict[str, bool] = field(default_factory=dict)
-    """Of every parameter of the unadapted model, by name."""
-    base_dtype: torch.dtype | None = None
-    """The dtype that the base was cast to; None for a base as it came."""
-    watching: bool = False
-    """Whether the next training step is still to show that it reaches every delta."""
-
-
-# What is there -----------------------------------------------------------------------------------------------------
-
-
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """The adapted layers and parameters by their (first) names in the unadapted model."""
-    layers: dict[str, AdaptedLayer] = {}
-    for target in distinct(places(model)):
-        if isinstance(target.module, AdaptedLayer):
-            layers[target.name] = target.module
-        elif isinstance(target.module, AdaptedModule):
-            layers.update({joined(target.name, key): each for key, each in target.module.adapted.items()})
-    return layers
-
-
-def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
-    """The modules that some adapter trains whole, by their (first) names in the unadapted model."""
-    found = distinct(place for place in places(model) if isinstance(place.module, SavedModule))
-    return {target.name: cast(SavedModule, target.module) for target in found}
-
-
-def state_of(model: nn.Module) -> State:
-    """The state of an adapted model, or one that describes the wrapped layers that a model was built from.
-
-    Raises:
-        TypeError: not a module.
-        RuntimeError: no adapter in it, or a part of it was adapted by itself.
-    """
-    state = _own_state(model)
-    if state is not None:
-        return state
-    layers = adapted_layers(model)
-    if not layers:
-        raise RuntimeError(f"{type(model).__name__} has no adapters; flora.adapt adds one")
-    state = State()
-    for adapter in dict.fromkeys(adapter for layer in layers.values() for adapter in layer.deltas):
-        configs = {
-            name: cast(Delta, layer.deltas[adapter]).config for name, layer in layers.items() if adapter in layer.deltas
-        }
-        first = next(iter(configs.values()))
-        if all(config == first for config in configs.values()):
-            named = first if "" in configs else replace(first, **_selecting(layers, configs))
-            state.adapters[adapter] = Adapter(named, dict.fromkeys(configs, ""))
-        else:
-            state.adapters[adapter] = Adapter(configs, {name: name for name in configs})
-    state.active = tuple(dict.fromkeys(adapter for layer in layers.values() for adapter in layer.active))
-    return state
-
-
-def _selecting(layers: Mapping[str, AdaptedLayer], names: Iterable[str]) -> dict[str, Any]:
-    """The fields of a configuration that select exactly these layers and parameters."""
-    parameters = {name for name in names if isinstance(layers[name], AdaptedParameter)}
-    modules = tuple(name for name in names if name not in parameters)
-    return {"target_modules": modules, "target_parameters": tuple(parameters) or None}
-
-
-def check_adapter(state: State, name: str) -> None:
-    """Raises ValueError, listing what there is, if no adapter has the name."""
-    if name not in state.adapters:
-        raise ValueError(f"there is no adapter {name!r}; there are {', '.join(map(repr, state.adapters))}")
-
-
-def _own_state(model: nn.Module) -> State | None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    state: State | None = model.__dict__.get("_flora_state")
-    for name, module in model.named_modules():
-        if module is not model and "_flora_state" in module.__dict__:
-            if name in ("module", "_orig_mod"):  # as DistributedDataParallel and torch.compile name what they wrap
-                raise RuntimeError(f"the model is wrapped, a {type(model).__name__}: call the verb on its .{name}")
-            raise RuntimeError(f"{name} was adapted by itself; call the verb on it, or unload it first")
-    return state
-
-
-def _check_unmerged(model: nn.Module) -> None:
-    merged = [name for name, layer in adapted_layers(model).items() if layer.merged]
-    if merged:
-        raise RuntimeError(f"{_listed(merged)} {'are' if len(merged) > 1 else 'is'} merged; unmerge first")
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(name or "the layer" for name in names[:5]) + (", …" if len(names) > 5 else "")
+    def __call__(self, deltas: Mapping[str, Delta], copies: Mapping[str, nn.Module]) -> None:
+        """Load the values of deltas and of copies of ``modules_to_save``, by name."""
 
 
 # Adapting ----------------------------------------------------------------------------------------------------------
@@ -232,7 +145,7 @@ def install(
     selection: Selection,
     *,
     trainable: bool = True,
-    fill: Callable[[Mapping[str, Delta], Mapping[str, nn.Module]], None] | None = None,
+    fill: Fill | None = None,
     base_dtype: torch.dtype | None = None,
 ) -> None:
     """Put an adapter on the modules of a selection.
@@ -241,8 +154,7 @@ def install(
         config: what the model remembers of it; each layer of the selection has its own.
         trainable: False freezes the adapter as well.
         base_dtype: as of `adapt`, checked.
-        fill: is given the deltas and the copies of ``modules_to_save`` by name before the model is changed, to load
-            their values; may raise.
+        fill: loads the values before the model is changed; may raise.
 
     Raises:
         ValueError: a name that is taken; a ``base_dtype`` for a base that other adapters use in another; with
@@ -251,10 +163,10 @@ def install(
     """
     check_adapter_name(name)
     check_whole(model, "put an adapter on")
-    state = _own_state(model) or (state_of(model) if adapted_layers(model) else State())
+    state = own_state(model) or (state_of(model) if adapted_layers(model) else State())
     if name in state.adapters:
         raise ValueError(f"there is already an adapter {name!r}; there are {', '.join(map(repr, state.adapters))}")
-    _check_unmerged(model)
+    check_unmerged(model)
     first = not state.adapters
     if not first and base_dtype not in (None, state.base_dtype):
         kept = "the dtypes that it came in" if state.base_dtype is None else str(state.base_dtype)
@@ -298,7 +210,11 @@ def install(
                 new = layer is not target.module
             assert target.config is not None
             deltas[target.name] = layer.add_delta(
-                name, target.config, trainable=trainable, shapes_only=fill is not None
+                name,
+                target.config,
+                trainable=trainable,
+                shapes_only=fill is not None,
+                most=None if fill is None else fill.elements(target.name),
             )
             if not new:
                 undo.callback(layer.delete_delta, name)
@@ -327,9 +243,9 @@ def install(
         else:
             state = replace(state, adapters={**state.adapters, name: adapter})
         undo.pop_all()
-    _set_state(model, state)
+    set_state(model, state)
     _activate(model, state.active)
-    _hold_base(model)
+    hold_base(model)
 
 
 def _owner(target: Target) -> AdaptedModule:
@@ -355,14 +271,6 @@ def _check_learning(deltas: Mapping[str, Delta]) -> None:
             raise ValueError(f"{where}: the delta could never learn, as {reason}; trainable=False takes it as it is")
 
 
-def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of the unadapted model, by all of their names."""
-    for place in places(model):
-        for key, parameter in place.original._parameters.items():
-            if parameter is not None:
-                yield joined(place.name, key), parameter
-
-
 def _without_functions(config: Configs, selection: Selection) -> Configs:
     """The configuration with the names that a function selected in the function's place."""
 
@@ -381,93 +289,6 @@ def _without_functions(config: Configs, selection: Selection) -> Configs:
 def _set_flags(flags: Sequence[tuple[nn.Parameter, bool]]) -> None:
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
-
-
-def _set_state(model: nn.Module, state: State | None) -> None:
-    if state is not None:
-        model.__dict__["_flora_state"] = state
-    else:
-        model.__dict__.pop("_flora_state", None)
-
-
-# Hooks -------------------------------------------------------------------------------------------------------------
-
-
-def hold_eval(module: nn.Module, args: Any) -> None:
-    """A forward pre-hook: a frozen norm layer normalises with, and keeps, its running statistics, whatever its mode."""
-    if module.training:
-        module.training = False
-
-
-def _watched(model: nn.Module) -> State | None:
-    """The state, where this forward is the training step that is to show that it reaches every delta."""
-    state: State | None = model.__dict__.get("_flora_state")
-    if torch.compiler.is_compiling() or state is None or not state.watching:
-        return None
-    if not model.training or not torch.is_grad_enabled():
-        return None
-    away = any(layer.merged or not layer.enabled for layer in adapted_layers(model).values())
-    return None if away else state
-
-
-def forget_reached(model: nn.Module, args: Any) -> None:
-    """A forward pre-hook: what ran before the first training step, an evaluation say, does not count."""
-    if _watched(model) is not None:
-        for layer in adapted_layers(model).values():
-            layer.reached = False
-
-
-def warn_unreached(model: nn.Module, args: Any, output: Any) -> None:
-    """A forward hook: after the first training step, warn about deltas that it did not reach."""
-    state = _watched(model)
-    if state is None:
-        return
-    state.watching = False
-    missed = [name for name, layer in adapted_layers(model).items() if not layer.reached and _learns(layer)]
-    if missed:
-        warnings.warn(
-            f"the forward did not reach the deltas of {_listed(missed)}: they will not learn; exclude_modules can "
-            "leave such layers out",
-            stacklevel=2,
-        )
-
-
-def _learns(layer: AdaptedLayer) -> bool:
-    return any(p.requires_grad for name in layer.active for p in layer.deltas[name].parameters())
-
-
-def _hold_base(model: nn.Module) -> None:
-    """Hold the base's running statistics and its dtype, and watch whether a training step reaches the deltas."""
-    state = _own_state(model)
-    if state is not None and state.base_dtype is not None:
-        modules = [(place.original, _called(place)) for place in places(model)]
-        half.hold(model, modules, state.base_dtype)
-    for place in places(model):
-        module = place.original
-        if isinstance(module, _NormBase) and hold_eval not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(hold_eval)
-    if warn_unreached not in model._forward_hooks.values():
-        model.register_forward_pre_hook(forget_reached)
-        model.register_forward_hook(warn_unreached)
-
-
-def _called(place: Place) -> nn.Module:
-    """The module that is called for the one of the unadapted model: a layer's own hooks would cost it its fast path."""
-    return place.module if isinstance(place.module, AdaptedLayer) else place.original
-
-
-def release(root: nn.Module) -> None:
-    """Take the hooks of `_hold_base` off every module under a root; what was held follows the root's mode again."""
-    ours = (hold_eval, forget_reached, warn_unreached)
-    for module in root.modules():
-        for hooks, with_kwargs in (
-            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-            (module._forward_hooks, module._forward_hooks_with_kwargs),
-        ):
-            for key in [k for k, hook in hooks.items() if hook in ours or isinstance(hook, half.HOOKS)]:
-                with_kwargs.pop(key, None)
-                if hooks.pop(key) is hold_eval:
-                    module.training = root.training
 
 
 # Choosing ----------------------------------------------------------------------------------------------------------
@@ -509,9 +330,9 @@ def set_adapter(
     for one in (*weights, *learning):
         check_adapter(state, one)
     for one, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
+        if not is_real(weight):
             raise ValueError(f"name={name!r}: the weight {weight!r} of {one!r} must be a finite number")
-    _check_unmerged(model)
+    check_unmerged(model)
     settle(model)
     for where, module in saved_modules(model).items():
         owners = [one for one in weights if one in module.copies]
@@ -539,9 +360,7 @@ def _activate(model: nn.Module, names: Sequence[str]) -> None:
         layer.set_active([name for name in names if name in layer.deltas])
     for module in saved_modules(model).values():
         module.active = next((name for name in names if name in module.copies), None)
-    state = _own_state(model)
-    if state is not None:
-        state.watching = True
+    watch(model)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -555,7 +374,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """
     state = state_of(model)
     check_adapter(state, name)
-    _check_unmerged(model)
+    check_unmerged(model)
     check_whole(model, "delete an adapter of")
     if len(state.adapters) == 1:
         unload(model, merge=False)
@@ -576,7 +395,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         if isinstance(standing, AdaptedLayer | AdaptedModule | SavedModule) and not _held(standing):
             place.put(standing.base_layer)
     _activate(model, state.active)
-    _hold_base(model)
+    hold_base(model)
 
 
 def _held(standing: AdaptedLayer | AdaptedModule | SavedModule) -> Any:
@@ -589,32 +408,46 @@ def _held(standing: AdaptedLayer | AdaptedModule | SavedModule) -> Any:
 # Merging -----------------------------------------------------------------------------------------------------------
 
 
-def merge(model: nn.Module) -> None:
+def merge(model: nn.Module, *, safe: bool = False, max_loss: float = MAX_LOSS) -> MergeReport:
     """Put W + s·ΔW of the active adapters into the weights, until `unmerge`.
 
-    A weight that is tied to another module's is untied: the other keeps the original.
+    The sum is computed in float32 (float64 for a float64 base) and rounded once to the base's dtype. In bfloat16 and
+    float16 a ΔW that is small beside W is partly lost by that: how much, the report says. A weight that is tied to
+    another module's is untied: the other keeps the original.
+
+    Args:
+        safe: refuse, before anything is changed, weights that are not finite or lose more than ``max_loss``.
+        max_loss: the largest share of a layer's update that ``safe`` lets rounding take; above 0.
+
+    Returns:
+        What was lost, by layer.
 
     Raises:
+        ValueError: a ``max_loss`` that is no number above 0.
         RuntimeError: a layer that cannot be merged, by name; nothing to merge; no adapters; the model is sharded. No
             layer is merged then.
     """
+    if not is_real(max_loss) or max_loss <= 0:
+        raise ValueError(f"max_loss={max_loss!r} must be a number above 0")
     state_of(model)
     check_whole(model, "merge")
-    _merge(model)
+    return _merge(model, safe, max_loss)
 
 
-def _merge(model: nn.Module) -> None:
+def _merge(model: nn.Module, safe: bool = False, max_loss: float = MAX_LOSS) -> MergeReport:
     layers = adapted_layers(model)
     waiting = {name: layer for name, layer in layers.items() if layer.active and not layer.merged}
     if not waiting:
         merged = any(layer.merged for layer in layers.values())
         raise RuntimeError("the active adapters are merged already" if merged else "no adapter is active")
     _check_mergeable(waiting)
+    lost = {}
     with ExitStack() as undo:
-        for layer in waiting.values():
-            layer.merge()
+        for name, layer in waiting.items():
+            lost[name] = layer.merge(safe=safe, max_loss=max_loss)
             undo.callback(layer.unmerge)
         undo.pop_all()
+    return MergeReport(lost)
 
 
 def _check_mergeable(layers: Mapping[str, AdaptedLayer]) -> None:
@@ -637,6 +470,7 @@ def unmerge(model: nn.Module) -> None:
         raise RuntimeError("no adapter is merged")
     for layer in merged:
         layer.unmerge()
+    watch(model)
 
 
 def unload(model: nn.Module, merge: bool = True) -> nn.Module:
@@ -677,7 +511,7 @@ def unload(model: nn.Module, merge: bool = True) -> nn.Module:
             else:
                 place.put(plain[id(standing)])
     release(result)
-    _set_state(model, None)
+    set_state(model, None)
     if state.base_dtype is not None:
         with ExitStack() as undo:
             half.cast(result.modules(), state.base_dtype, undo, whole=True)

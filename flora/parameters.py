@@ -117,8 +117,6 @@ class AdaptedModule(nn.Module):
         self.name = name
         self.base_layer = base_layer
         self.training = base_layer.training
-        self._merge_again: tuple[str, ...] = ()  # set while a state is loaded
-        self.register_load_state_dict_post_hook(_merge_again)  # type: ignore[no-untyped-call]
 
     @property
     def adapted(self) -> dict[str, AdaptedParameter]:
@@ -179,17 +177,9 @@ class AdaptedModule(nn.Module):
         return state
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._merge_again = tuple(key for key, parameter in self.adapted.items() if parameter.merged)
-        for key in self._merge_again:
-            self.adapted[key].unmerge()
+        for parameter in self.adapted.values():
+            parameter.put_aside()
         super()._load_from_state_dict(*args, **kwargs)
-
-
-def _merge_again(module: nn.Module, incompatible_keys: Any) -> None:
-    assert isinstance(module, AdaptedModule)
-    again, module._merge_again = module._merge_again, ()
-    for key in again:
-        module.adapted[key].merge()
 
 
 # Which -------------------------------------------------------------------------------------------------------------

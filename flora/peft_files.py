@@ -32,7 +32,6 @@ from flora.saved import SavedModule
 from flora.targets import distinct, inside, near_misses, places
 
 PREFIX = "base_model.model."
-OLD_TENSORS_FILE = "adapter_model.bin"
 
 _KEY = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B)(\.weight)?")
 _TUCKER_KEY = re.compile(r"(.+)\.flora_delta\.(core|factors\.\d+)")

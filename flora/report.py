@@ -11,7 +11,7 @@ from torch import nn
 
 from flora.distributed import model_class
 from flora.kinds import describe, is_opaque, kind_of
-from flora.model import adapted_layers, base_parameters, saved_modules, state_of
+from flora.state import adapted_layers, base_parameters, saved_modules, state_of
 from flora.targets import distinct, places
 
 _SHOWN = 4

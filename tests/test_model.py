@@ -15,6 +15,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from flora.config import TuckerConfig
 from flora.drop_in import Conv2d, Linear
+from flora.hooks import hold_eval, warn_unreached
 from flora.layers import AdaptedLayer, wrap
 from flora.model import (
     adapt,
@@ -22,14 +23,12 @@ from flora.model import (
     add_adapter,
     delete_adapter,
     disabled,
-    hold_eval,
     merge,
     saved_modules,
     set_adapter,
     state_of,
     unload,
     unmerge,
-    warn_unreached,
 )
 from flora.report import summary
 from flora.saved import SavedModule
@@ -620,10 +619,10 @@ def test_a_failure_in_the_middle_of_merge_is_undone(monkeypatch):
     before = snapshot(model)
     last = adapted_layers(model)["8"]
 
-    def fails(self):
+    def fails(self, **options):
         if self is last:
             raise MemoryError("no more")
-        original(self)
+        return original(self, **options)
 
     original = AdaptedLayer.merge
     monkeypatch.setattr(AdaptedLayer, "merge", fails)
@@ -719,9 +718,6 @@ def test_a_delta_that_a_training_step_never_reached_is_warned_about_once():
             model.train()(x)
         with disabled(model):
             model(x)
-        merge(model)
-        model(x)
-        unmerge(model)
     with pytest.warns(UserWarning, match="did not reach the deltas of unused: they will not learn"):
         model(x)
     with warnings.catch_warnings():
@@ -731,6 +727,26 @@ def test_a_delta_that_a_training_step_never_reached_is_warned_about_once():
         set_adapter(model, "second")
         model(x)
     assert warn_unreached in model._forward_hooks.values()
+
+
+def test_training_while_merged_is_warned_about_once():
+    x = torch.ones(2, 4)
+    model = adapt(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), TuckerConfig(rank=2, modules_to_save=["1"]))
+    merge(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.eval()(x)
+        with torch.no_grad():
+            model.train()(x)
+        with disabled(model):
+            model(x)
+    with pytest.warns(UserWarning, match="^the deltas of 0 are merged and do not learn; unmerge first"):
+        model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)
+        unmerge(model)
+        model(x)
 
 
 def test_an_evaluation_with_gradients_does_not_count_as_a_training_step():

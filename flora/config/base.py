@@ -6,8 +6,8 @@ A field that is wrong raises ValueError with the field and its value. Symbols ar
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -28,6 +28,7 @@ SELECTORS = (
 """The fields that say which layers, and which are otherwise."""
 
 _Value = TypeVar("_Value")
+_LARGEST: Any = sys.float_info.max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +225,7 @@ class DeltaConfig:
             self._fail(name, f"must be one of {', '.join(allowed)}")
 
     def _factor(self, name: str, value: Any) -> float:
-        if not is_real(value) or not math.isfinite(value) or value == 0:
+        if not is_real(value) or value == 0:
             self._fail(name, "must be a finite number and not 0, since such a delta could never learn", value)
         return float(value)
 
@@ -295,11 +296,13 @@ def ranks_up_to(most: int) -> Sequence[Mapping[str, Any]]:
 
 
 def is_int(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    """Whether a value is a whole number that can count what a tensor has."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) <= sys.maxsize
 
 
 def is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    """Whether a value is a finite number that a float can be."""
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(-_LARGEST <= value <= _LARGEST)
 
 
 def is_names(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -41,13 +42,17 @@ class Site:
     """Whether rows of the weight are looked up, as those of an Embedding are."""
     shapes_only: bool = False
     """Only the parameters' shapes are asked for: nothing has to be drawn or decomposed."""
+    most: int | None = None
+    """The most numbers that a parameter can have: those of the file that it is to be filled from."""
 
     @property
     def label(self) -> str:
         return self.name or "layer"
 
     def parameter(self, *shape: int) -> nn.Parameter:
-        """A parameter of zeros on the layer's device, in the delta's dtype."""
+        """A parameter of zeros on the layer's device, in the delta's dtype. ValueError for one above `most`."""
+        if self.most is not None and math.prod(shape) > self.most:
+            raise ValueError(f"{self.label}: a parameter {shape} is asked for, and the file has {self.most} numbers")
         return nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=self.device))
 
 
@@ -62,11 +67,13 @@ class Delta(nn.Module):
     config
         the configuration it was built from, patterns already applied.
     scale
-        the factor s on the update. May be changed at any time while the layer is not merged.
+        the factor s on the update. While the layer is merged, setting it or ``strength`` is a RuntimeError.
     strength
         a second factor, which `flora.set_adapter` sets where adapters are weighted; 1 otherwise.
     shape
         the weight's shape in the order (out, in, *k), or that of a block's matrix.
+    merged_in
+        the name of the layer that it is merged into; None while it is not.
     """
 
     config_type: ClassVar[type[DeltaConfig]]
@@ -86,6 +93,12 @@ class Delta(nn.Module):
         self.scale = config.resolved_scale
         self.strength = 1.0
         self.shape = site.shape
+        self.merged_in: str | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("scale", "strength") and self.__dict__.get("merged_in") is not None:
+            raise RuntimeError(f"{self.merged_in}: {name}={value!r} cannot be set while it is merged; unmerge first")
+        super().__setattr__(name, value)
 
     def set_trainable(self, trainable: bool) -> None:
         """Let the parts that the configuration names learn, or none."""

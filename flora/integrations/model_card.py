@@ -15,9 +15,9 @@ from torch import nn
 import flora
 from flora.config import DeltaConfig
 from flora.folders import replace_file
-from flora.model import check_adapter, state_of
+from flora.manifest import CARD_FILE, CONFIG_FILE
 from flora.report import LayerRow, summary
-from flora.serialization import CARD_FILE, CONFIG_FILE
+from flora.state import check_adapter, state_of
 from flora.targets import Configs
 
 

@@ -318,6 +318,9 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Puts W + Σ s·ΔW into the base, rounded once; the original weight is kept for `unmerge`.
 
+        As with PEFT's own methods, a ``state_dict`` of the whole model then holds the merged weight, and a scale that
+        is set counts from the next merge on.
+
         Raises RuntimeError, naming the module, where that is impossible; with ``safe_merge`` ValueError, with nothing
         changed, for a sum that is not finite.
         """
@@ -353,6 +356,8 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         if names:
             self._activate(names)
             layer.merge()
+            for name in names:  # in PEFT a scale may be set while merged, and counts from the next merge on
+                self._delta(name).merged_in = None
             self.merged_adapters = names
             self._fingerprint = self._hash()
         else:

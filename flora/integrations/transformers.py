@@ -16,9 +16,12 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from flora.deltas import Delta
+from flora.filling import Filler
 from flora.integrations.model_card import write_model_card
-from flora.model import adapted_layers, saved_modules, state_of
-from flora.serialization import CONFIG_FILE, filler, read_adapter, save_adapter
+from flora.manifest import CONFIG_FILE, read_adapter
+from flora.serialization import save_adapter
+from flora.state import adapted_layers, check_unmerged, saved_modules, state_of
+from flora.tensor_files import Tensors
 
 __all__ = ["AdapterCheckpoints", "AdapterTrainer", "restore_adapter", "write_model_card"]
 
@@ -106,7 +109,9 @@ def restore_adapter(model: nn.Module, directory: str | os.PathLike[str], name: s
         FileNotFoundError: no such folder.
         ValueError: a damaged file, or an adapter of other modules or shapes; the message names the file and the module.
             Nothing is changed.
+        RuntimeError: some of the model is merged.
     """
+    check_unmerged(model)
     file = read_adapter(directory)
     deltas = {
         where: cast(Delta, layer.deltas[name]) for where, layer in adapted_layers(model).items() if name in layer.deltas
@@ -116,7 +121,7 @@ def restore_adapter(model: nn.Module, directory: str | os.PathLike[str], name: s
     if differing:
         some = ", ".join(sorted(differing)[:6])
         raise ValueError(f"{file.path / CONFIG_FILE}: the adapter {name!r} is on other modules: {some}")
-    fill = filler(file.tensors, {where: entry.scale for where, entry in file.layers.items()})
+    fill = Filler(Tensors.of(file.tensors), {where: entry.scale for where, entry in file.layers.items()})
     try:
         fill(deltas, copies)
     except ValueError as error:
