@@ -6,6 +6,7 @@ Every verb is all or nothing: what can be checked is checked before the first ch
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -54,6 +55,8 @@ class State:
     """The dtype that the base was cast to; None for a base as it came."""
     watching: bool = False
     """Whether the next training step is still to show that it reaches every delta."""
+    watched: int | None = None
+    """The thread that such a step has begun in; those that others begin meanwhile show nothing."""
 
 
 # What is there -----------------------------------------------------------------------------------------------------
@@ -404,7 +407,7 @@ def _watched(model: nn.Module) -> State | None:
     state: State | None = model.__dict__.get("_flora_state")
     if torch.compiler.is_compiling() or state is None or not state.watching:
         return None
-    if not model.training or not torch.is_grad_enabled():
+    if not model.training or not torch.is_grad_enabled() or state.watched not in (None, threading.get_ident()):
         return None
     away = any(layer.merged or not layer.enabled for layer in adapted_layers(model).values())
     return None if away else state
@@ -412,7 +415,9 @@ def _watched(model: nn.Module) -> State | None:
 
 def forget_reached(model: nn.Module, args: Any) -> None:
     """A forward pre-hook: what ran before the first training step, an evaluation say, does not count."""
-    if _watched(model) is not None:
+    state = _watched(model)
+    if state is not None:
+        state.watched = threading.get_ident()
         for layer in adapted_layers(model).values():
             layer.reached = False
 
@@ -420,9 +425,9 @@ def forget_reached(model: nn.Module, args: Any) -> None:
 def warn_unreached(model: nn.Module, args: Any, output: Any) -> None:
     """A forward hook: after the first training step, warn about deltas that it did not reach."""
     state = _watched(model)
-    if state is None:
+    if state is None or state.watched is None:
         return
-    state.watching = False
+    state.watching, state.watched = False, None
     missed = [name for name, layer in adapted_layers(model).items() if not layer.reached and _learns(layer)]
     if missed:
         warnings.warn(
@@ -541,7 +546,7 @@ def _activate(model: nn.Module, names: Sequence[str]) -> None:
         module.active = next((name for name in names if name in module.copies), None)
     state = _own_state(model)
     if state is not None:
-        state.watching = True
+        state.watching, state.watched = True, None
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -574,7 +579,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             for key in [key for key, parameter in standing.adapted.items() if not parameter.deltas]:
                 standing.remove(key)
         if isinstance(standing, AdaptedLayer | AdaptedModule | SavedModule) and not _held(standing):
-            place.put(standing.base_layer)
+            place.put(standing.unload(merge=False) if isinstance(standing, AdaptedLayer) else standing.base_layer)
     _activate(model, state.active)
     _hold_base(model)
 
