@@ -175,7 +175,7 @@ def test_other_threads_run_during_every_call(torch_threads):
 
 
 class Residual(nn.Module):
-    """Layers of every kind: a convolution, a depthwise one, one with a forward of its own, norms, a parametrised one."""
+    """A convolution, a depthwise one, one with a forward of its own, a norm, a parametrised layer, a plain one."""
 
     def __init__(self):
         super().__init__()
