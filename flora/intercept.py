@@ -217,7 +217,7 @@ class Intercept(TorchFunctionMode):
 
 def _parametrisation(module: nn.Module, name: str) -> nn.Module | None:
     """What computes a weight at every access, if something does."""
-    return module.parametrizations[name] if parametrize.is_parametrized(module, name) else None  # type: ignore[index]
+    return module.parametrizations[name] if parametrize.is_parametrized(module, name) else None  # type: ignore[index, return-value]
 
 
 class _Held(threading.local):

@@ -62,13 +62,6 @@ def switching(interval):
         sys.setswitchinterval(before)
 
 
-@pytest.fixture
-def torch_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def cases(dtype=torch.float32):
     """One large case of each function."""
     for function, sizes in dict(reversed(LARGE)).items():
