@@ -28,6 +28,12 @@ int flora_isa_outruns_mkl(void);
 /* The table of the level in use for one activation type. */
 const flora_kernels *flora_isa_kernels(flora_dtype dtype);
 
+/* The table of the same level for another type: a call asks for the level once, as another thread may change it. */
+static inline const flora_kernels *flora_kernels_for(flora_dtype wanted, const flora_kernels *kernels,
+                                                     flora_dtype dtype) {
+    return kernels + ((int)wanted - (int)dtype);
+}
+
 /* Its products of numbers of that type for a call of about so many multiplications, or NULL if it has none. */
 const flora_dots *flora_isa_dots(flora_dtype dtype, double multiplications);
 

@@ -209,7 +209,7 @@ flora_status flora_rescale_reconstruct(const flora_view *out, const flora_view *
  */
 static void gather(const problem *p, void *room, const char *base, flora_dtype dtype, const flora_pixels *outer,
                    const flora_pixels *inner, int64_t line, int64_t lines) {
-    const flora_kernels *kernels = flora_isa_kernels(dtype);
+    const flora_kernels *kernels = flora_kernels_for(dtype, p->kernels, p->second_dtype);
     int64_t run, across;
     for (int64_t i = 0; i < lines; i += across) {
         const int64_t from = flora_pixel_at(outer, line + i, &across);
@@ -231,7 +231,8 @@ static void sum_chunk(int chunk, void *problem_) {
     const side *outer = p->outer, *inner = p->inner;
     const size_t real = p->kernels->real_size;
     const int direct = p->first_dtype == p->second_dtype && has_lines(&inner->first) && has_lines(&inner->second);
-    const flora_kernels *kernels = direct ? p->kernels : flora_isa_kernels(real == 8 ? FLORA_F64 : FLORA_F32);
+    const flora_kernels *kernels =
+        direct ? p->kernels : flora_kernels_for(flora_compute_dtype(p->second_dtype), p->kernels, p->second_dtype);
     const size_t size = kernels->act_size;
     char *room = p->scratch.base + p->rooms + chunk * p->room_size;
     void *along_sums = p->scratch.base + p->sums + chunk * p->sums_size;

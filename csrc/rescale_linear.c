@@ -173,13 +173,13 @@ flora_status flora_rescale_linear_backward(const flora_view *d_row, const flora_
 
     const int turns = weight->strides[1] != 1 && weight->strides[0] == 1;
     problem p = {.kernels = flora_isa_kernels(act),
-                 .of_reals = flora_isa_kernels(real),
                  .rows = dy->shape[0],
                  .d_out = weight->shape[turns],
                  .d_in = weight->shape[!turns],
                  .x = turns ? *dy : *x,
                  .y = turns ? *x : *dy,
                  .weight = turns ? transposed(weight) : *weight};
+    p.of_reals = flora_kernels_for(real, p.kernels, act);
     const size_t size = p.kernels->real_size;
     const int64_t tiles = (p.d_out + TILE_OUT - 1) / TILE_OUT * ((p.d_in + TILE_IN - 1) / TILE_IN);
     const int64_t depth = flora_min(DEPTH, p.rows);

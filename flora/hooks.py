@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from typing import Any
 
@@ -26,7 +27,7 @@ def _watched(model: nn.Module) -> State | None:
     state: State | None = model.__dict__.get("_flora_state")
     if torch.compiler.is_compiling() or state is None or not state.watching:
         return None
-    if not model.training or not torch.is_grad_enabled():
+    if not model.training or not torch.is_grad_enabled() or state.watched not in (None, threading.get_ident()):
         return None
     return state if all(layer.enabled for layer in adapted_layers(model).values()) else None
 
@@ -35,12 +36,14 @@ def watch(model: nn.Module) -> None:
     """Let the next training step show that it reaches every delta."""
     state = own_state(model)
     if state is not None:
-        state.watching = True
+        state.watching, state.watched = True, None
 
 
 def forget_reached(model: nn.Module, args: Any) -> None:
     """A forward pre-hook: what ran before the first training step, an evaluation say, does not count."""
-    if _watched(model) is not None:
+    state = _watched(model)
+    if state is not None:
+        state.watched = threading.get_ident()
         for layer in adapted_layers(model).values():
             layer.reached = False
 
@@ -48,9 +51,9 @@ def forget_reached(model: nn.Module, args: Any) -> None:
 def warn_unreached(model: nn.Module, args: Any, output: Any) -> None:
     """A forward hook: after the first training step, warn about deltas that it did not reach."""
     state = _watched(model)
-    if state is None:
+    if state is None or state.watched is None:
         return
-    state.watching = False
+    state.watching, state.watched = False, None
     learning = {name: layer for name, layer in adapted_layers(model).items() if _learns(layer)}
     merged = [name for name, layer in learning.items() if layer.merged]
     missed = [name for name, layer in learning.items() if not layer.reached]

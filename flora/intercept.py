@@ -9,13 +9,16 @@ itself is never changed, and the watch is local to the thread, so that several t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from flora.effective import METADATA, name_of
@@ -210,6 +213,64 @@ class Intercept(TorchFunctionMode):
         if type(value) is dict:
             return {k: self._substituted(v, detached) for k, v in value.items()}
         return value
+
+
+def _parametrisation(module: nn.Module, name: str) -> nn.Module | None:
+    """What computes a weight at every access, if something does."""
+    return module.parametrizations[name] if parametrize.is_parametrized(module, name) else None  # type: ignore[index, return-value]
+
+
+class _Held(threading.local):
+    def __init__(self) -> None:
+        self.weights: dict[nn.Module, Tensor | None] = {}
+        """By what computes them."""
+
+
+_held = _Held()
+
+
+@contextmanager
+def held(module: nn.Module, name: str) -> Iterator[Callable[[], Tensor | None]]:
+    """Within it a weight that is parametrised is one tensor, the first that is computed; gives what returns that.
+
+    In this thread alone. `torch.nn.utils.parametrize.cached` shares it with all threads and with copies of the module:
+    one would compute with the weight of another, or with one that was made without gradients.
+    """
+    parametrisation = _parametrisation(module, name)
+    if parametrisation is None:
+        yield lambda: None
+        return
+    if torch.compiler.is_compiling():  # which follows neither what is local to a thread nor new hooks
+        with parametrize.cached():
+            computed = getattr(module, name)
+            yield lambda: computed
+        return
+    if _hold not in parametrisation._forward_hooks.values():
+        parametrisation.register_forward_hook(_hold)
+    outer = {parametrisation: _held.weights[parametrisation]} if parametrisation in _held.weights else {}
+    _held.weights[parametrisation] = None
+    try:
+        yield lambda: _held.weights[parametrisation]
+    finally:
+        del _held.weights[parametrisation]
+        _held.weights.update(outer)
+
+
+def _hold(parametrisation: nn.Module, args: Any, weight: Tensor) -> Tensor | None:
+    """A forward hook."""
+    if torch.compiler.is_compiling() or parametrisation not in _held.weights:
+        return None
+    if _held.weights[parametrisation] is None:
+        _held.weights[parametrisation] = weight
+    return _held.weights[parametrisation]
+
+
+def let_go(module: nn.Module, name: str) -> None:
+    """Take the hook of `held` off again."""
+    parametrisation = _parametrisation(module, name)
+    hooks = {} if parametrisation is None else parametrisation._forward_hooks
+    for key in [key for key, hook in hooks.items() if hook is _hold]:
+        del hooks[key]
 
 
 def _is_index(value: Any) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +23,7 @@ from flora.config import DeltaConfig
 from flora.deltas import Delta, OutputDelta, Site, WeightDelta
 from flora.effective import effective_weight
 from flora.functional import compute_dtype
-from flora.intercept import Intercept, Watch
+from flora.intercept import Intercept, Watch, held, let_go
 from flora.kinds import (
     ATTENTION,
     EMBEDDING,
@@ -355,14 +354,14 @@ class AdaptedLayer(nn.Module):
             return self._effective(weight, deltas)
 
         # A parametrised weight is computed at every access; within this context it is one tensor.
-        with parametrize.cached() if parametrize.is_parametrized(base, name) else nullcontext():
-            computed = getattr(base, name) if parametrize.is_parametrized(base, name) else None
+        with held(base, name) as computed:
 
             def is_weight(tensor: Tensor) -> bool:
-                return tensor is computed or tensor is base._parameters.get(name) or tensor is base.__dict__.get(name)
+                return any(tensor is one for one in (computed(), base._parameters.get(name), base.__dict__.get(name)))
 
             def shift(bias: Tensor | None) -> Tensor | None:
-                return merging.shifted(bias, deltas, self._base_weight().dtype)
+                weight = computed()
+                return merging.shifted(bias, deltas, (self._base_weight() if weight is None else weight).dtype)
 
             own = base._parameters.get("bias", base.__dict__.get("bias"))
             bias = own if isinstance(own, Tensor) else None
@@ -416,6 +415,8 @@ class AdaptedLayer(nn.Module):
         modules = self.__dict__.get("_modules", {})
         if name in modules:  # the base and the deltas, which every call asks for
             return modules[name]
+        if is_protocol(name):
+            raise AttributeError(name)
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -535,6 +536,7 @@ class AdaptedLayer(nn.Module):
             self._forget_merged()
         elif self.merged:
             self.unmerge()
+        let_go(self.base_layer, self._kind.weight_name)
         return self.base_layer
 
     # State ----------------------------------------------------------------------------------------------------------
@@ -657,6 +659,11 @@ def _held(module: nn.Module, name: str) -> Any:
     """An attribute that is a parameter as a rule, found without nn.Module's slow __getattr__; None if there is none."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name, None)
+
+
+def is_protocol(name: str) -> bool:
+    """Whether Python asks for an attribute, not a program: ``__deepcopy__`` of a base would copy the base alone."""
+    return name.startswith("__") and name.endswith("__")
 
 
 def _has_hooks(module: nn.Module) -> bool:

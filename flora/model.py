@@ -393,7 +393,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             for key in [key for key, parameter in standing.adapted.items() if not parameter.deltas]:
                 standing.remove(key)
         if isinstance(standing, AdaptedLayer | AdaptedModule | SavedModule) and not _held(standing):
-            place.put(standing.base_layer)
+            place.put(standing.unload(merge=False) if isinstance(standing, AdaptedLayer) else standing.base_layer)
     _activate(model, state.active)
     hold_base(model)
 

@@ -17,7 +17,7 @@ from flora.deltas import Site
 from flora.functional import compute_dtype
 from flora.intercept import Intercept, Watch
 from flora.kinds import Kind, describe, kind_of
-from flora.layers import AdaptedLayer
+from flora.layers import AdaptedLayer, is_protocol
 from flora.ops import Op
 from flora.outputs import NEVER_CALLED
 
@@ -149,7 +149,7 @@ class AdaptedModule(nn.Module):
         modules = self.__dict__.get("_modules", {})
         if name in modules:
             return modules[name]
-        if "base_layer" not in modules:
+        if is_protocol(name) or "base_layer" not in modules:
             raise AttributeError(name)  # while it is being built, copied or unpickled
         parameter = modules.get(_PREFIX + name)
         return getattr(modules["base_layer"], name) if parameter is None else parameter.read()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from flora.base_dtype import given, to_dtype, widened
+from flora.layers import is_protocol
 
 
 class SavedModule(nn.Module):
@@ -85,6 +86,6 @@ class SavedModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "_modules" not in self.__dict__ or "base_layer" not in self._modules:
+            if is_protocol(name) or "_modules" not in self.__dict__ or "base_layer" not in self._modules:
                 raise  # while it is being built, copied or unpickled
             return getattr(self.current, name)

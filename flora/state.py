@@ -39,6 +39,8 @@ class State:
     """The dtype that the base was cast to; None for a base as it came."""
     watching: bool = False
     """Whether the next training step is still to show that it reaches every delta."""
+    watched: int | None = None
+    """The thread that such a step has begun in; those that others begin meanwhile show nothing."""
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:

@@ -51,6 +51,14 @@ def threads(request):
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def torch_threads():
+    """For a test that changes their number."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."), scope="module")
 def dtype(request):
     """The dtype of activations; factors and gradients are of `compute_dtype(dtype)`."""

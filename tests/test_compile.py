@@ -1,7 +1,6 @@
 """Adapted models under torch.compile, torch.export, torch.func, checkpointing and what else looks into a forward."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -396,32 +395,6 @@ def test_inference_mode(method):
         other = network(METHODS[method])  # whose parameters are inference tensors
         torch.testing.assert_close(inside, expected)
         torch.testing.assert_close(other(x), expected)
-
-
-class Adapted(torch.utils.data.Dataset):
-    """Samples that went through an adapted model in a worker, with a backward there."""
-
-    def __init__(self):
-        self.model = network(METHODS["tucker"])
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, i):
-        x = torch.full((1, 4, 6, 6), 0.1 * i, requires_grad=True)
-        y = self.model(x)
-        (dx,) = torch.autograd.grad(y.sum(), x)
-        return y.detach()[0], dx[0]
-
-
-def test_workers_of_a_data_loader():
-    data = Adapted()
-    expected = torch.utils.data.default_collate([data[i] for i in range(4)])  # threads have run in the parent
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python's own, of a fork with threads
-        loader = torch.utils.data.DataLoader(data, batch_size=4, num_workers=2, multiprocessing_context="fork")
-        (found,) = list(loader)
-    assert_same(found, expected)
 
 
 def test_copies_of_a_compiled_model():
