@@ -30,13 +30,21 @@ int call_borrow_one(call *c, PyObject *object, const char *name, int index, int 
         PyErr_Format(PyExc_RuntimeError, "%s: more than %d arrays", c->function, MAX_LOANS);
         return -1;
     }
-    flora_borrower who = {c->function, name, index, (flags & OUT) != 0, c->boundary->array_error};
-    if (flora_borrow(c->boundary, object, who, &c->loans[c->count]) < 0) {
+    flora_borrower who = {c->function, name, index, (flags & OUT) != 0, (flags & ROWS) != 0, c->boundary->array_error};
+    if (flora_ask(c->boundary, object, who, &c->loans[c->count]) < 0) {
         return -1;
     }
-    flora_loan *loan = &c->loans[c->count++];
-    *view = &loan->view;
-    return (flags & ROWS) != 0 ? flora_rows(loan) : 0;
+    *view = &c->loans[c->count++].view;
+    return 0;
+}
+
+int call_look(call *c) {
+    for (int i = 0; i < c->count; i++) {
+        if (flora_look(c->boundary, &c->loans[i]) < 0) {
+            return -1;
+        }
+    }
+    return 0;
 }
 
 int call_borrow_all(call *c, PyObject *const *args, const array_spec *specs, int count, const flora_view **views) {
@@ -51,6 +59,9 @@ int call_borrow_all(call *c, PyObject *const *args, const array_spec *specs, int
 PyObject *call_sequence(const call *c, PyObject *object, const char *name, Py_ssize_t max) {
     Py_ssize_t length = PySequence_Check(object) ? PySequence_Size(object) : -1;
     if (length < 0) {
+        if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_TypeError)) {
+            return NULL;
+        }
         PyErr_Clear();
         PyErr_Format(PyExc_TypeError, "%s: %s is %R, not a sequence", c->function, name, object);
         return NULL;
@@ -59,11 +70,16 @@ PyObject *call_sequence(const call *c, PyObject *object, const char *name, Py_ss
         PyErr_Format(PyExc_ValueError, "%s: %s has %zd entries, at most %zd are taken", c->function, name, length, max);
         return NULL;
     }
-    PyObject *items = PySequence_Tuple(object);
-    if (items != NULL && PyTuple_Size(items) > max) { /* its length lied */
-        PyErr_Format(PyExc_ValueError, "%s: %s has %zd entries, at most %zd are taken", c->function, name,
-                     PyTuple_Size(items), max);
-        Py_CLEAR(items);
+    PyObject *items = PyTuple_New(length); /* not PySequence_Tuple, which goes on as long as a lying sequence does */
+    for (Py_ssize_t i = 0; items != NULL && i < length; i++) {
+        PyObject *item = PySequence_GetItem(object, i);
+        if (item == NULL && PyErr_ExceptionMatches(PyExc_IndexError)) {
+            PyErr_Format(PyExc_ValueError, "%s: %s has %zd entries, not the %zd that its length says", c->function,
+                         name, i, length);
+        }
+        if (item == NULL || PyTuple_SetItem(items, i, item) < 0) {
+            Py_CLEAR(items);
+        }
     }
     return items;
 }

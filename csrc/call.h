@@ -1,7 +1,8 @@
 /* A call from Python: its arguments parsed, its arrays borrowed and given back, its status made an exception.
  *
- * Everything that may run Python code (__float__, __index__, a sequence's items) is parsed before the first array is
- * borrowed: such code could free an array's memory. Functions that return int give -1 with an exception set.
+ * Everything that may run Python code comes before the first look at an array's memory, which such code could free:
+ * __float__, __index__ and a sequence's items are parsed first, then all arrays are asked for, and CALL_RUN looks at
+ * them. Functions that return int give -1 with an exception set.
  */
 #ifndef FLORA_CALL_H
 #define FLORA_CALL_H
@@ -34,9 +35,11 @@ int call_begin(call *c, PyObject *module, const char *function, Py_ssize_t given
 /* Gives back what was borrowed. */
 void call_end(call *c);
 
-/* Borrows one array; None gives NULL where `flags` has OPTIONAL. */
+/* Asks for one array, whose view is filled by call_look; None gives NULL where `flags` has OPTIONAL. */
 int call_borrow_one(call *c, PyObject *object, const char *name, int index, int flags, const flora_view **view);
 int call_borrow_all(call *c, PyObject *const *args, const array_spec *specs, int count, const flora_view **views);
+/* Fills the views of all arrays that were asked for. */
+int call_look(call *c);
 /* A new tuple of the items of a sequence with at most `max` items, so that no other thread can change it meanwhile. */
 PyObject *call_sequence(const call *c, PyObject *object, const char *name, Py_ssize_t max);
 /* Borrows the arrays in such a tuple, each of which may be None; gives their number. */
@@ -53,10 +56,12 @@ int parse_geometry(const call *c, PyObject *const *args, flora_geometry *geometr
 /* The exception of a status, or None. */
 PyObject *call_finish(call *c, flora_status status);
 
-/* Runs a kernel without the GIL; `result` is None, or NULL with an exception. */
+/* Looks at the arrays and runs a kernel without the GIL; `result` is None, or stays NULL with an exception. */
 #define CALL_RUN(c, result, kernel, ...)                                                                               \
     do {                                                                                                               \
         flora_status status;                                                                                           \
+        if (call_look(&(c)) < 0)                                                                                       \
+            break;                                                                                                     \
         Py_BEGIN_ALLOW_THREADS status = kernel(__VA_ARGS__, (c).error);                                                \
         Py_END_ALLOW_THREADS result = call_finish(&(c), status);                                                       \
     } while (0)

@@ -10,6 +10,9 @@
  * require grad while grad mode is on (autograd would not see the write). What shares memory with what is the
  * kernels' to check.
  * Lazily negated torch tensors are resolved by a copy as inputs and refused as outputs.
+ *
+ * What can run Python code (a producer's methods, a TorchFunctionMode) is done in `flora_ask`; no address is read, but
+ * from a producer that owes us the memory behind it, before `flora_look`.
  */
 #include "view.h"
 
@@ -129,6 +132,10 @@ static int refuse_dtype(const flora_borrower *who, DLDataType dtype) {
 
 static const int64_t item_sizes[] = {[FLORA_F32] = 4, [FLORA_F64] = 8, [FLORA_BF16] = 2, [FLORA_F16] = 2};
 
+/* Strides that no element follows (of an extent of 1, of an empty array) may be anything, but are added up with the
+ * others: beyond this number of elements they are replaced, so that no sum of them overflows. */
+#define FAR_AWAY (PTRDIFF_MAX / 8 / FLORA_MAX_NDIM)
+
 /* Fills loan->view and the extents. strides (elements) NULL: contiguous. */
 static int fill_view(flora_loan *loan, void *data, uint64_t byte_offset, flora_dtype dtype, int ndim,
                      const int64_t *shape, const int64_t *strides) {
@@ -156,11 +163,16 @@ static int fill_view(flora_loan *loan, void *data, uint64_t byte_offset, flora_d
     }
     for (int i = ndim - 1; i >= 0; i--) {
         int64_t stride = strides != NULL ? strides[i] : count, span;
-        view->strides[i] = stride;
         if (empty) {
-            count *= shape[i] != 0 && count <= INT64_MAX / shape[i] ? shape[i] : 1;
+            count = shape[i] == 0 || count <= FAR_AWAY / shape[i] ? count : 1;
+            view->strides[i] = count;
+            count *= shape[i] != 0 && shape[i] <= FAR_AWAY ? shape[i] : 1;
             continue;
         }
+        if (shape[i] == 1 && (stride > FAR_AWAY || stride < -FAR_AWAY)) {
+            stride = count;
+        }
+        view->strides[i] = stride;
         if (__builtin_mul_overflow(count, shape[i], &count) || __builtin_mul_overflow(shape[i] - 1, stride, &span) ||
             __builtin_add_overflow(stride < 0 ? low : high, span, stride < 0 ? &low : &high)) {
             return refuse(PyExc_ValueError, who, "has extents whose size in bytes overflows");
@@ -226,7 +238,7 @@ static int fill_from_dlpack(flora_loan *loan, const DLTensor *tensor) {
 
 /* NumPy ------------------------------------------------------------------------------------------------------------ */
 
-static int borrow_numpy(flora_loan *loan, PyArrayObject *array) {
+static int look_numpy(flora_loan *loan, PyArrayObject *array) {
     const flora_borrower *who = &loan->who;
     flora_dtype dtype;
     switch (PyArray_TYPE(array)) {
@@ -331,10 +343,10 @@ static int open_capsule(flora_loan *loan, PyObject *capsule) {
     }
     loan->managed = managed;
     loan->versioned = strcmp(used, DLPACK_VERSIONED_USED) == 0;
-    return fill_from_managed(loan);
+    return 0;
 }
 
-static int borrow_capsule(flora_boundary *boundary, flora_loan *loan, PyObject *object) {
+static int ask_capsule(flora_boundary *boundary, flora_loan *loan, PyObject *object) {
     PyObject *method = PyObject_GetAttr(object, boundary->str_dlpack), *capsule = NULL;
     if (method == NULL) {
         if (PyErr_ExceptionMatches(PyExc_AttributeError)) {
@@ -378,7 +390,7 @@ static const DLPackExchangeAPI *exchange_api(flora_boundary *boundary, PyObject 
     return api;
 }
 
-static int borrow_exchange(flora_loan *loan, const DLPackExchangeAPI *api, PyObject *object) {
+static int ask_exchange(flora_loan *loan, const DLPackExchangeAPI *api, PyObject *object) {
     DLManagedTensorVersioned *managed = NULL;
     if (api->managed_tensor_from_py_object_no_sync(object, &managed) != 0 || managed == NULL) {
         if (!PyErr_Occurred()) {
@@ -388,7 +400,7 @@ static int borrow_exchange(flora_loan *loan, const DLPackExchangeAPI *api, PyObj
     }
     loan->managed = managed;
     loan->versioned = 1;
-    return fill_from_managed(loan);
+    return 0;
 }
 
 /* torch ------------------------------------------------------------------------------------------------------------ */
@@ -457,7 +469,12 @@ static int refuse_torch(const flora_borrower *who, PyObject *tensor) {
     return -1;
 }
 
-static int borrow_torch(flora_boundary *boundary, flora_loan *loan) {
+static int has_view_api(const flora_boundary *boundary) {
+    const DLPackExchangeAPI *api = boundary->torch_api;
+    return api != NULL && api->dltensor_from_py_object_no_sync != NULL;
+}
+
+static int ask_torch(flora_boundary *boundary, flora_loan *loan) {
     const flora_borrower *who = &loan->who;
     int negated = truth(PyObject_CallFunctionObjArgs(boundary->is_neg, loan->object, NULL));
     if (negated < 0) {
@@ -487,31 +504,35 @@ static int borrow_torch(flora_boundary *boundary, flora_loan *loan) {
                           "requires grad, and autograd would not see the write: use torch.no_grad() or detach it");
         }
     }
-    const DLPackExchangeAPI *api = boundary->torch_api;
-    if (api != NULL && api->dltensor_from_py_object_no_sync != NULL) {
-        DLTensor tensor;
-        if (api->dltensor_from_py_object_no_sync(loan->object, &tensor) != 0) {
-            return refuse_torch(who, loan->object);
-        }
-        return fill_from_dlpack(loan, &tensor);
+    if (has_view_api(boundary)) {
+        return 0;
     }
     /* A torch whose exchange API has another major version; __dlpack__ refuses tensors that require grad. */
     PyObject *detached = PyObject_CallMethod(loan->object, "detach", NULL);
     if (detached == NULL) {
         return refuse_raised(who, NULL);
     }
-    int result = borrow_capsule(boundary, loan, detached);
+    int result = ask_capsule(boundary, loan, detached);
     Py_DECREF(detached);
     return result;
 }
 
+static int look_torch(flora_boundary *boundary, flora_loan *loan) {
+    const DLPackExchangeAPI *api = boundary->torch_api;
+    DLTensor tensor;
+    if (api->dltensor_from_py_object_no_sync(loan->object, &tensor) != 0) {
+        return refuse_torch(&loan->who, loan->object);
+    }
+    return fill_from_dlpack(loan, &tensor);
+}
+
 /* The interface ---------------------------------------------------------------------------------------------------- */
 
-static int borrow_other(flora_boundary *boundary, flora_loan *loan, PyObject *object) {
+static int ask_other(flora_boundary *boundary, flora_loan *loan, PyObject *object) {
     PyObject *type = (PyObject *)Py_TYPE(object);
     for (int i = 0; i < FLORA_CACHED_TYPES && boundary->cached[i].type != NULL; i++) {
         if (boundary->cached[i].type == type) {
-            return borrow_exchange(loan, boundary->cached[i].api, object);
+            return ask_exchange(loan, boundary->cached[i].api, object);
         }
     }
     if (find_torch(boundary) < 0) {
@@ -519,7 +540,7 @@ static int borrow_other(flora_boundary *boundary, flora_loan *loan, PyObject *ob
     }
     if (boundary->tensor != NULL) {
         if (type == boundary->tensor || type == boundary->parameter) {
-            return borrow_torch(boundary, loan);
+            return ask_torch(boundary, loan);
         }
         if (PyType_IsSubtype(Py_TYPE(object), (PyTypeObject *)boundary->tensor)) {
             return refuse_type(&loan->who, object, "is a %U; of torch only plain Tensor and Parameter are taken");
@@ -530,7 +551,7 @@ static int borrow_other(flora_boundary *boundary, flora_loan *loan, PyObject *ob
     }
     const DLPackExchangeAPI *api = exchange_api(boundary, type);
     if (api == NULL) {
-        return borrow_capsule(boundary, loan, object);
+        return ask_capsule(boundary, loan, object);
     }
     for (int i = 0; i < FLORA_CACHED_TYPES; i++) {
         if (boundary->cached[i].type == NULL) {
@@ -540,22 +561,20 @@ static int borrow_other(flora_boundary *boundary, flora_loan *loan, PyObject *ob
             break;
         }
     }
-    return borrow_exchange(loan, api, object);
+    return ask_exchange(loan, api, object);
 }
 
-int flora_borrow(flora_boundary *boundary, PyObject *object, flora_borrower who, flora_loan *loan) {
+int flora_ask(flora_boundary *boundary, PyObject *object, flora_borrower who, flora_loan *loan) {
     PyObject *type = (PyObject *)Py_TYPE(object);
-    int result;
+    int result = 0;
     Py_INCREF(object);
     loan->object = object;
     loan->who = who;
     loan->managed = NULL;
     if (type == boundary->tensor || type == boundary->parameter) {
-        result = borrow_torch(boundary, loan);
-    } else if (PyArray_CheckExact(object)) {
-        result = borrow_numpy(loan, (PyArrayObject *)object);
-    } else {
-        result = borrow_other(boundary, loan, object);
+        result = ask_torch(boundary, loan);
+    } else if (!PyArray_CheckExact(object)) {
+        result = ask_other(boundary, loan, object);
     }
     if (result < 0) {
         flora_return_loan(loan);
@@ -563,12 +582,8 @@ int flora_borrow(flora_boundary *boundary, PyObject *object, flora_borrower who,
     return result;
 }
 
-void flora_return_loan(flora_loan *loan) {
-    delete_managed(loan);
-    Py_CLEAR(loan->object);
-}
-
-int flora_rows(flora_loan *loan) {
+/* Makes a view (…, d) one of (rows, d), if its leading modes have a common stride. */
+static int take_rows(flora_loan *loan) {
     flora_view *view = &loan->view;
     const int last = view->ndim - 1;
     int64_t rows = 1, stride = 0;
@@ -592,6 +607,23 @@ int flora_rows(flora_loan *loan) {
     return 0;
 }
 
+int flora_look(flora_boundary *boundary, flora_loan *loan) {
+    int result;
+    if (loan->managed != NULL) {
+        result = fill_from_managed(loan);
+    } else if (PyArray_CheckExact(loan->object)) {
+        result = look_numpy(loan, (PyArrayObject *)loan->object);
+    } else {
+        result = look_torch(boundary, loan);
+    }
+    return result == 0 && loan->who.rows ? take_rows(loan) : result;
+}
+
+void flora_return_loan(flora_loan *loan) {
+    delete_managed(loan);
+    Py_CLEAR(loan->object);
+}
+
 int flora_takes(flora_boundary *boundary, PyObject *object, flora_dtype *dtype) {
     PyObject *type = (PyObject *)Py_TYPE(object);
     DLTensor tensor;
@@ -601,18 +633,19 @@ int flora_takes(flora_boundary *boundary, PyObject *object, flora_dtype *dtype) 
     if (type != boundary->tensor && type != boundary->parameter) {
         return 0;
     }
-    const DLPackExchangeAPI *api = boundary->torch_api;
-    if (api == NULL || api->dltensor_from_py_object_no_sync == NULL) {
-        const flora_borrower who = {"takes", "tensor", -1, 0, boundary->array_error};
+    if (!has_view_api(boundary)) {
+        const flora_borrower who = {"takes", "tensor", -1, 0, 0, boundary->array_error};
         flora_loan loan;
-        if (flora_borrow(boundary, object, who, &loan) < 0) {
-            PyErr_Clear();
-            return 0;
+        int taken = flora_ask(boundary, object, who, &loan) == 0;
+        if (taken) {
+            taken = flora_look(boundary, &loan) == 0;
+            *dtype = loan.view.dtype;
+            flora_return_loan(&loan);
         }
-        *dtype = loan.view.dtype;
-        flora_return_loan(&loan);
-        return 1;
+        PyErr_Clear();
+        return taken;
     }
+    const DLPackExchangeAPI *api = boundary->torch_api;
     if (api->dltensor_from_py_object_no_sync(object, &tensor) != 0) {
         PyErr_Clear();
         return 0;
@@ -650,8 +683,7 @@ int flora_boundary_uses_exchange_api(flora_boundary *boundary) {
     if (find_torch(boundary) < 0) {
         return -1;
     }
-    const DLPackExchangeAPI *api = boundary->torch_api;
-    return api != NULL && api->dltensor_from_py_object_no_sync != NULL;
+    return has_view_api(boundary);
 }
 
 int flora_boundary_init(flora_boundary *boundary) {

@@ -1,8 +1,9 @@
 /* Borrowing the memory of Python arrays.
  *
- * A loan is a view of an array's memory with whatever keeps that memory alive. `flora_borrow` refuses, with a Python
- * error and nothing held, every array that a kernel could not read or write safely; see view.c for the list.
- * Everything here needs the GIL; the view itself may be used without it until `flora_return_loan`.
+ * A loan is a view of an array's memory with whatever keeps that memory alive. It is made in two steps, as a producer's
+ * code may free another array's memory: all arrays of a call are asked for first, and only then looked at, which runs
+ * no Python code. Both steps refuse with a Python error what a kernel could not read or write safely; see view.c for
+ * the list. Everything here needs the GIL; the view itself may be used without it until `flora_return_loan`.
  */
 #ifndef FLORA_VIEW_H
 #define FLORA_VIEW_H
@@ -33,6 +34,7 @@ typedef struct {
 typedef struct {
     const char *function, *name;
     int index, output;
+    int rows;              /* a view (…, d) is to become one of (rows, d) */
     PyObject *array_error; /* borrowed from the boundary */
 } flora_borrower;
 
@@ -51,12 +53,11 @@ void flora_boundary_clear(flora_boundary *boundary);
 /* 1 if torch is imported and its tensors are borrowed through the DLPack exchange API, 0 if not, -1 with an error. */
 int flora_boundary_uses_exchange_api(flora_boundary *boundary);
 
-/* 0 with a filled loan, or -1 with a Python error. */
-int flora_borrow(flora_boundary *boundary, PyObject *object, flora_borrower who, flora_loan *loan);
+/* 0 with a loan whose view is still to be filled, or -1 with a Python error and nothing held. */
+int flora_ask(flora_boundary *boundary, PyObject *object, flora_borrower who, flora_loan *loan);
+/* 0 with the view filled, or -1 with a Python error; the loan is to be returned either way. */
+int flora_look(flora_boundary *boundary, flora_loan *loan);
 void flora_return_loan(flora_loan *loan);
-
-/* Makes a view (…, d) one of (rows, d). -1 with a Python error where the leading modes have no common stride. */
-int flora_rows(flora_loan *loan);
 
 /* 1 if the object is a torch tensor that can be borrowed as an input, with its dtype; 0, never an error, if not. */
 int flora_takes(flora_boundary *boundary, PyObject *object, flora_dtype *dtype);

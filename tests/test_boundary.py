@@ -741,6 +741,76 @@ def test_arguments_that_run_code_are_read_before_any_array_is_borrowed():
         )  # fmt: skip
 
 
+class Freeing:
+    """An input that takes another argument's memory away when it is asked for its own."""
+
+    def __init__(self, other):
+        self.other = other
+
+    def __dlpack__(self, **keywords):
+        if isinstance(self.other, np.ndarray):
+            self.other.resize(0, refcheck=False)
+        else:
+            self.other.untyped_storage().resize_(0)
+        return torch.zeros(4).__dlpack__(**keywords)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [(lambda: torch.ones(4), "has 4 elements but no memory"), (lambda: np.ones(4, np.float32), "the weight's, 0$")],
+    ids=["torch", "numpy"],
+)
+def test_a_producer_that_frees_an_array_asked_for_before_it(make, match):
+    out = make()
+    with pytest.raises(ValueError, match=match):
+        write(out, Freeing(out))
+    spare, weight = np.full(4, GUARD, np.float32), make()
+    with pytest.raises(ValueError, match="weight (has 4 elements but no memory|must have shape)"):
+        write(spare, weight, Freeing(weight))
+    assert (spare == GUARD).all()
+
+
+def test_sequences_that_lie_about_their_length():
+    class Lying:
+        def __init__(self, length, entries):
+            self.length, self.entries, self.asked = length, entries, 0
+
+        def __len__(self):
+            return self.length
+
+        def __getitem__(self, index):
+            self.asked += 1
+            if index >= self.entries:
+                raise IndexError(index)
+
+    endless = Lying(1, 10**6)
+    _core.tucker_reconstruct(torch.zeros(4), None, CORE, endless, 2.0)
+    assert endless.asked == 1
+    with pytest.raises(ValueError, match="factors has 1 entries, not the 3 that its length says"):
+        _core.tucker_reconstruct(torch.zeros(4), None, CORE, Lying(3, 1), 2.0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, ZeroDivisionError])
+def test_a_sequence_whose_length_raises(error):
+    class Raising(list):
+        def __len__(self):
+            raise error
+
+    with pytest.raises(error):
+        _core.tucker_reconstruct(torch.zeros(4), None, CORE, Raising([None]), 2.0)
+
+
+def test_strides_that_no_element_follows():
+    wild = {"ndim": 2, "shape": (1, 4), "strides": (-(2**63), 1)}
+    out, weight = Producer(**wild), Producer(**wild)
+    _core.tucker_reconstruct(out, weight, CORE[None], [None, None], 2.0)
+    assert list(out.memory)[:4] == [2 + GUARD, 4 + GUARD, 6 + GUARD, 8 + GUARD]
+    empty = Producer(ndim=3, shape=(2**62, 0, 2**62), strides=(2**62, -(2**63), 2**62))
+    with pytest.raises(ValueError, match="out must have 1 dimensions"):
+        _core.tucker_reconstruct(empty, None, CORE, [None], 2.0)
+    assert (out.deleted, weight.deleted, empty.deleted) == (1, 1, 1)
+
+
 def test_an_empty_batch_of_huge_planes_needs_no_memory():
     x = torch.empty(0, 1, 2**20, 2**20)
     gradient = torch.full((1, 1, 3, 3), 7.0)
