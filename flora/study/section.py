@@ -50,9 +50,3 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in markdown; its first column starts at the left, the others end at the right."""
     lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def listed(items: Iterable[str]) -> str:
-    """Words as one list: "a, b and c"."""
-    *others, last = items
-    return f"{', '.join(others)} and {last}" if others else last
