@@ -24,6 +24,7 @@ from flora.deltas import Delta, OutputDelta, TuckerDelta, WeightDelta
 from flora.drop_in import Conv1d, Conv2d, Conv3d, Embedding, Linear
 from flora.layers import AdaptedLayer, wrap
 from flora.model import adapt, add_adapter, delete_adapter, disabled, merge, set_adapter, unload, unmerge
+from flora.plots import plot_adapter
 from flora.report import summary
 from flora.serialization import load_adapter, save_adapter
 from flora.training import ProgressLine, clip_grad_norm_, parameter_groups, trainable_parameters
@@ -61,6 +62,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "parameter_groups",
+    "plot_adapter",
     "save_adapter",
     "set_adapter",
     "summary",

@@ -1,0 +1,161 @@
+"""What the study says, in sentences that its figures choose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flora.study.plan import MAIN_METHODS, SHARE
+from flora.study.results import Contrast, Results
+from flora.study.wording import TITLES, listed, number, setting, signed, spanned, verdict
+
+
+def reading(results: Results) -> str:
+    """Where FLoRA wins and where it does not, what to take, what a wrong choice costs: a list in markdown."""
+    said = [
+        *_against(results, "lora"),
+        *_against(results, "locon"),
+        *_beside_the_ends(results),
+        *_budgets(results),
+        *_settings(results),
+        *_edges(results),
+    ]
+    return "\n".join(f"- {sentence}" for sentence in said)
+
+
+def _against(results: Results, other: str) -> list[str]:
+    tasks = [task for task in results.main_tasks() if other == "lora" or not results.same("lora", other, task)]
+    found = results.between("flora", other, tasks)
+    if found is None:
+        return []
+    title = TITLES[other]
+    where = f" over {number(len(found.differences), 'task')}" if len(found.differences) > 1 else f" on {tasks[0]}"
+    said = [f"**{verdict('FLoRA', title, found.here)}{where}**, at the same number of parameters{_by_task(found)}."]
+    if found.here.sign and len(found.differences) > 1 and found.beyond.sign != found.here.sign:
+        said[0] += (
+            f" That holds for these tasks; taken as a sample of others ({spanned(found.beyond)}) they do not settle it."
+        )
+    more = [task for task in results.main_tasks("networks") if other == "lora" or not results.same("lora", other, task)]
+    more = [task for task in more if task not in tasks]
+    beyond = results.between("flora", other, more) if results.main == "core" else None
+    if beyond is not None:
+        said.append(f"On {listed(beyond.differences)}: {verdict('FLoRA', title, beyond.here)}{_by_task(beyond)}.")
+    return said
+
+
+def _by_task(contrast: Contrast) -> str:
+    """Which tasks are clear for themselves, where there are several."""
+    if len(contrast.differences) < 2:
+        return ""
+    by_sign: dict[int, list[str]] = {}
+    for task in contrast.differences:
+        by_sign.setdefault(contrast.on(task).sign, []).append(task)
+    names = {1: "clearly better on", -1: "clearly worse on", 0: "unclear on"}
+    return "; " + "; ".join(f"{names[sign]} {listed(by_sign[sign])}" for sign in (1, -1, 0) if sign in by_sign)
+
+
+def _beside_the_ends(results: Results) -> list[str]:
+    tasks = results.main_tasks()
+    said = []
+    full, head = (results.between("flora", other, tasks) for other in ("full", "head"))
+    if full is not None:
+        shares = []
+        for task in full.differences:
+            ours, all_of_it = results.standard(task, "flora"), results.standard(task, "full")
+            if ours is not None and all_of_it is not None and ours.parameters and all_of_it.parameters:
+                shares.append(100 * ours.parameters / all_of_it.parameters)
+        learns = f", with {min(shares):.1f} % to {max(shares):.1f} % of its trainable parameters" if shares else ""
+        said.append(f"{verdict('FLoRA', TITLES['full'], full.here)}{learns}{_by_task(full)}.")
+    if head is not None:
+        said.append(f"{verdict('FLoRA', 'the classifier alone', head.here)}{_by_task(head)}.")
+    return said
+
+
+def _budgets(results: Results) -> list[str]:
+    tasks = results.main_tasks("budgets")
+    shares = sorted({o.comparison.share for o in results.part("budgets") if o.comparison.share and o.finals})
+    said = []
+    for share in shares:
+        found = results.contrast(
+            {task: (results.at(task, "flora", share), results.at(task, "flora", SHARE)) for task in tasks}
+        )
+        if found is not None:
+            first, second = (f"FLoRA with {100 * s:g} % of the weights" for s in (share, SHARE))
+            said.append(f"Rank: {verdict(first, second.replace('FLoRA ', 'one '), found.here)}.")
+    gains = []
+    for share in sorted({*shares, SHARE}) if shares else []:
+        found = results.contrast(
+            {task: (results.at(task, "flora", share), results.at(task, "lora", share)) for task in tasks}
+        )
+        if found is not None:
+            gains.append(f"{signed(found.here.mean)} ({spanned(found.here)}) at {100 * share:g} %")
+    if len(gains) > 1:
+        said.append(f"FLoRA less LoRA by budget, points: {listed(gains)}.")
+    return said
+
+
+_SETTINGS: Mapping[str, tuple[str, str]] = {
+    "scale": ("Scale", "scale 1"),
+    "start": ("Start", "the authors' factors"),
+    "core-lr": ("Learning rate of the core", "one rate for all"),
+    "batch-norm": ("BatchNorm", "held statistics"),
+}
+
+
+def _settings(results: Results) -> list[str]:
+    said = []
+    for part, (about, plain) in _SETTINGS.items():
+        clear: list[str] = []
+        unclear: list[str] = []
+        better = False
+        for options, contrast in _of_settings(results, part, "flora"):
+            estimate = contrast.here
+            if estimate.sign:
+                better |= estimate.sign > 0
+                change = "gains" if estimate.sign > 0 else "costs"
+                clear.append(f"{setting(options)} {change} {abs(estimate.mean):.1f} points ({spanned(estimate)})")
+            else:
+                unclear.append(f"{setting(options)} ({signed(estimate.mean)}, {spanned(estimate)})")
+        if not clear and not unclear:
+            continue
+        sentence = f"{about}, FLoRA: "
+        if clear:
+            sentence += f"beside {plain}, {listed(clear)}. "
+        if unclear:
+            sentence += f"Not to be told from {plain}: {'; '.join(unclear)}. "
+        sentence += "" if better else f"Nothing that was tried is clearly better than {plain}."
+        said.append(sentence.strip())
+    return said
+
+
+def _of_settings(results: Results, part: str, method: str) -> list[tuple[dict[str, Any], Contrast]]:
+    """Every setting of a method in a part, beside the one that it has otherwise."""
+    every: list[dict[str, Any]] = []
+    for outcome in results.part(part):
+        c = outcome.comparison
+        if c.method == method and c.options and c.options not in every:
+            every.append(c.options)
+    found = []
+    for options in every:
+        pairs = {}
+        for task in results.main_tasks(part):
+            ours = results.find(part, task, method, SHARE, options)
+            pairs[task] = ours, results.baseline(part, task, method, SHARE)
+        contrast = results.contrast(pairs)
+        if contrast is not None:
+            found.append((options, contrast))
+    return found
+
+
+def _edges(results: Results) -> list[str]:
+    """Which learning rates might have gone further."""
+    found: dict[str, list[str]] = {}
+    for task in results.main_tasks():
+        for method in MAIN_METHODS:
+            outcome = results.standard(task, method)
+            if outcome is not None and outcome.edge is not None:
+                found.setdefault(outcome.edge, []).append(f"{TITLES[method]} on {task}")
+    if not found:
+        return ["Every learning rate was chosen from inside the grid."]
+    where = "; ".join(f"{edge}: {listed(names)}" for edge, names in found.items())
+    return [f"Some learning rates were chosen at the grid's end, where one beyond it might be better ({where})."]
