@@ -219,14 +219,14 @@ def test_what_a_method_has_made_it_finds_again(config, shape):
 
 @pytest.mark.parametrize("config", [config for config, _ in OWN.values()], ids=OWN)
 def test_optimisation_finds_nothing_better(config):
-    """L-BFGS from three draws against the formulas and alternating least squares."""
-    shape = (8, 6, 3, 3) if "4-D" not in repr(config) else (8, 6)
+    """L-BFGS against the formulas and alternating least squares."""
+    shape = (8, 6, 3, 3)
     config = flora.KroneckerConfig(block=(4, 9)) if isinstance(config, flora.KroneckerConfig) else config
     target = normal(*shape, seed=3)
     delta = build(config, Site(shape, dtype=torch.float64))
     torch.manual_seed(0)
     parameters = list(delta.parameters())
-    found = optimise(parameters, lambda: delta.alone(None), target, [None] * 3, steps=300)
+    found = optimise(parameters, lambda: delta.alone(None), target, [None] * 2, steps=60)
     assert error(target, OfConfig(config).fit(target, config, seed=1).weights[0]) <= found + 1e-4
 
 
@@ -245,15 +245,15 @@ def test_fixed_factors_leave_what_is_orthogonal_to_them():
 
 
 def test_structured_fits_are_no_worse_than_the_simpler_methods_in_them():
-    target = BY_NAME["falling"].target((10, 8, 3, 3), 0)
-    n = 72
+    target = BY_NAME["falling"].target((6, 4, 3, 3), 0)
+    n = 36
     circulant = best_error("circulant", target, 2 * n)[0]
     ldr, size = best_error("ldr", target, 4 * n)
     lora = error(target, METHODS["lora"].fit(target, flora.LoRAConfig(rank=1), 0).weights[0])
     assert size.setting.terms == 2
     assert ldr <= min(circulant, lora) + 1e-9
     vector = build(flora.ToeplitzConfig(product=False), Site(tuple(target.shape), dtype=torch.float64))
-    linear = optimise(list(vector.parameters()), lambda: vector.alone(None), target, [None], steps=200)
+    linear = optimise(list(vector.parameters()), lambda: vector.alone(None), target, [None], steps=50)
     assert best_error("toeplitz", target, 2 * n)[0] <= linear + 1e-6
     product = METHODS["loha"].fit(target, 2, 0)
     assert error(target, product.weights[0]) <= error(
@@ -269,7 +269,7 @@ def test_lokr_alternates_to_a_point_that_neither_part_can_mend():
     parts = [normal(12 // setting.rows, 90 // setting.columns), normal(setting.rows, setting.rank)]
     parts = [p.requires_grad_() for p in (*parts, normal(setting.rank, setting.columns))]
     torch.manual_seed(0)
-    best = optimise(parts, lambda: torch.kron(parts[0], parts[1] @ parts[2]), target.flatten(1), [None] * 3, steps=300)
+    best = optimise(parts, lambda: torch.kron(parts[0], parts[1] @ parts[2]), target.flatten(1), [None] * 2, steps=100)
     assert found <= best + 2e-2  # two local optima may differ
 
 
@@ -424,8 +424,8 @@ def test_lines_are_added_once_and_a_lost_one_again(study, tmp_path):
     distortion.run(study, tmp_path, quick=True, quiet=True)
     found = study.records("distortion")
     targets, fits, learned = (lines(study, part) for part in ("target", "fit", "learned"))
-    assert [line["layer_kind"] for line in targets] == ["full", "pointwise", "depthwise", "linear"]
-    assert [line["target"] for line in targets] == ["tucker/0", *(f"t/block.10.{n}" for n in ("up", "deep", "line"))]
+    assert [line["layer_kind"] for line in targets] == ["pointwise", "depthwise", "linear", "full"]
+    assert [line["target"] for line in targets] == [*(f"t/block.10.{n}" for n in ("up", "deep", "line")), "tucker/0"]
     assert len(fits) == 12
     assert {line["method"] for line in learned} == {"full", "lora"}
     assert all(line["environment"] == "here" for line in found)

@@ -88,7 +88,7 @@ def run(store: Store, folder: Path, *, quick: bool, quiet: bool) -> None:
     known = {record["id"] for record in store.records("distortion")}
     environments = store.records("environment")
     environment = environments[-1]["id"] if environments else None
-    jobs = [job for job in (*_fits(updates, extent), *_learned(updates)) if job.id not in known]
+    jobs = [job for job in (*_learned(updates), *_fits(updates, extent)) if job.id not in known]
     for job in require("tqdm").tqdm(jobs, "distortion", disable=quiet, unit="line"):
         started = time.perf_counter()
         found = job.measure()
@@ -119,10 +119,9 @@ class Updates:
 
     def __init__(self, store: Store, folder: Path) -> None:
         self.folder = folder
-        self.runs = [r for r in store.records("run") if not r.get("diverged") and self._file(r["id"]).is_file()]
-        self.full = sorted(
-            (r for r in self.runs if r["method"] == "full"), key=lambda r: (r["part"] != "core", r["seed"])
-        )
+        self.runs = [run for run in store.records("run") if self._kept(run["id"])]
+        full = [run for run in self.runs if run["method"] == "full"]
+        self.full = sorted(full, key=lambda run: (-run["steps"], run["seed"]))
 
     def _file(self, run: str) -> Path:
         return self.folder / f"{run}.safetensors"
@@ -149,15 +148,7 @@ class Updates:
 
 
 def targets(updates: Updates, extent: Extent) -> Iterator[Target]:
-    """The synthetic ones, and layers of every task's full fine-tuning with its first seed."""
-    for one in SYNTHETIC:
-        if one.name in extent.synthetic:
-            for seed in range(extent.draws):
-                yield Target(
-                    {"synthetic": one.name, "shape": extent.shape, "seed": seed},
-                    _about(f"{one.name}/{seed}", None, str(seed), extent.shape),
-                    lambda one=one, seed=seed: one.target(extent.shape, seed),  # type: ignore[misc]
-                )
+    """Layers of every task's full fine-tuning with its first seed, and the synthetic ones."""
     for task, full in {run["task"]: run["id"] for run in reversed(updates.full)}.items():
         shapes = {name: tuple(update.shape) for name, update in updates.read(full).items()}
         for layer in chosen(shapes, extent.layers, _LARGEST):
@@ -166,6 +157,14 @@ def targets(updates: Updates, extent: Extent) -> Iterator[Target]:
                 _about(f"{task}/{layer}", task, layer, shapes[layer]),
                 lambda full=full, layer=layer: updates.one(full, layer),  # type: ignore[misc]
             )
+    for one in SYNTHETIC:
+        if one.name in extent.synthetic:
+            for seed in range(extent.draws):
+                yield Target(
+                    {"synthetic": one.name, "shape": extent.shape, "seed": seed},
+                    _about(f"{one.name}/{seed}", None, str(seed), extent.shape),
+                    lambda one=one, seed=seed: one.target(extent.shape, seed),  # type: ignore[misc]
+                )
 
 
 def _about(name: str, task: str | None, layer: str, shape: Sequence[int]) -> dict[str, Any]:
