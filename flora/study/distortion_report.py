@@ -153,9 +153,9 @@ def headline(records: Iterable[Record]) -> str | None:
     if group is None or (estimate := group.ratio("flora", "lora")) is None:
         return None
     return (
-        f"Structural distortion, as the relative error of the best fit to {number(len(group.targets), 'update')} of full "
-        f"kernels with {_percent(group.share)} of their entries as parameters: {_compared('FLoRA', 'LoRA', estimate)}; "
-        f"the paper's summary names {PAPER} % less."
+        f"Structural distortion, the error of the best fit to {number(len(group.targets), 'update')} of full kernels, "
+        f"parameters: {_percent(group.share)} of their entries: {_compared('FLoRA', 'LoRA', estimate)}. The paper's "
+        f"summary names {PAPER} % less."
     )
 
 
@@ -274,9 +274,9 @@ def _ranks(group: Group | None) -> str:
         return ""
     whole, none = sum(n == 2 for n in found), sum(n == 0 for n in found)
     return (
-        f"\nWith a rank for each mode that was chosen for the target, {whole} of {number(len(found), 'update')} of full "
-        f"kernels {'keeps' if whole == 1 else 'keep'} both kernel modes whole, {len(found) - whole - none} one of them, "
-        f"and {none} none; FLoRA's default cuts both to 2."
+        f"\nWith a rank for each mode that was chosen for the target, {whole} of the {len(found)} best approximations "
+        f"of full kernels have both kernel modes whole, {len(found) - whole - none} one of them, and {none} none; "
+        "FLoRA's default cuts both to 2."
     )
 
 
