@@ -5,6 +5,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 SANITIZED := build/sanitize
+NATIVE := build/native
+CALLS := many
 
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
@@ -13,7 +15,8 @@ SOURCES := $(shell find csrc -name '*.[ch]') setup.py pyproject.toml
 SANITIZED_TESTS := $(wildcard $(addprefix tests/test_,kernels.py boundary.py functional.py golden.py layers.py))
 
 .DEFAULT_GOAL := build
-.PHONY: build test test-slow zoo distributed peft-suite soak crash-saves lint format docs demo bench study sanitize clean
+.PHONY: build test test-slow zoo distributed peft-suite soak crash-saves lint format docs demo bench study clean \
+  sanitize native native-asan native-tsan native-valgrind
 
 build: $(BUILT)  ## the extension, in place, with warnings as errors
 
@@ -42,12 +45,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict flora
-	find csrc -name '*.[ch]' | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc tests/native -name '*.[ch]' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -name '*.[ch]' | xargs $(BIN)/clang-format -i
+	find csrc tests/native -name '*.[ch]' | xargs $(BIN)/clang-format -i
 
 docs: $(INSTALLED)  ## the site, in build/site, with warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
@@ -63,16 +66,52 @@ study: $(BUILT)  ## FLoRA beside other methods on real tasks; hours. ARGS="--qui
 
 # A build of its own beside the normal one. The tests run from its folder, so that it is the one they import. What Python
 # itself never frees is no leak of ours, and freed memory is held only briefly, as some tests watch the process grow.
-sanitize: $(INSTALLED)
-	rm -rf $(SANITIZED)
-	FLORA_DEVELOP=1 FLORA_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED)/objects \
-	  --build-lib $(SANITIZED)/lib
+sanitize: $(SANITIZED)/.built  ## the tests of the kernels and the boundary under AddressSanitizer and UndefinedBehaviorSanitizer
 	cd $(SANITIZED)/lib && export PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib UBSAN_OPTIONS=halt_on_error=1 \
 	  ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=8 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" && \
 	  $(CURDIR)/$(BIN)/python -c 'import flora._core as c; assert "$(SANITIZED)" in c.__file__, c.__file__' && \
 	  $(CURDIR)/$(BIN)/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
 	    $(addprefix $(CURDIR)/,$(SANITIZED_TESTS)) $(ARGS)
+
+$(SANITIZED)/.built: $(INSTALLED) $(SOURCES)
+	rm -rf $(SANITIZED)
+	FLORA_DEVELOP=1 FLORA_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED)/objects \
+	  --build-temp $(SANITIZED)/objects/here --build-lib $(SANITIZED)/lib
+	touch $@
+
+# The kernels alone, without Python: tests/native makes recorded calls again. CALLS=few is the short form.
+native: native-asan native-tsan native-valgrind  ## the kernels alone under sanitizers and valgrind
+
+native-asan: export UBSAN_OPTIONS = halt_on_error=1
+native-asan: $(NATIVE)/$(CALLS) $(SANITIZED)/.built  ## every level, on several threads, and calls that must fail
+	$(MAKE) --silent -C tests/native OUT=$(CURDIR)/$(NATIVE)/asan FLAGS="-O1 -g -fsanitize=address,undefined" \
+	  EXTENSION=$(CURDIR)/$(SANITIZED)/objects/here
+	$(NATIVE)/asan/replay --threads 3 --callers 2 --faults $<
+	$(NATIVE)/asan/replay --threads 3 --torch $(NATIVE)/asan/libtorch_cpu.so $<
+
+# ThreadSanitizer cannot run where addresses are drawn from a wide range.
+FIXED_ADDRESSES := $(shell setarch --addr-no-randomize true 2>/dev/null && echo setarch --addr-no-randomize)
+
+native-tsan: $(NATIVE)/$(CALLS)  ## loops on threads of OpenMP's and PyTorch's names, called by several threads at once
+	$(MAKE) --silent -C tests/native OUT=$(CURDIR)/$(NATIVE)/tsan FLAGS="-O1 -g -fsanitize=thread"
+	$(FIXED_ADDRESSES) $(NATIVE)/tsan/replay --threads 3 --callers 3 $<
+	$(FIXED_ADDRESSES) $(NATIVE)/tsan/replay --threads 3 --callers 2 --torch $(NATIVE)/tsan/libtorch_cpu.so $<
+
+native-valgrind: $(NATIVE)/$(CALLS)  ## the levels that valgrind knows: portable, soft-tiles, v3
+	@command -v valgrind >/dev/null || { echo "valgrind is not installed (Debian, Ubuntu: apt-get install valgrind)"; exit 1; }
+	$(MAKE) --silent -C tests/native OUT=$(CURDIR)/$(NATIVE)/plain FLAGS="-O1 -g"
+	valgrind --quiet --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite --show-leak-kinds=definite \
+	  $(NATIVE)/plain/replay --threads 2 --faults $<
+
+RECORD = $(BIN)/python tests/native/record.py $@ --golden
+RECORDED := tests/native/record.py tests/test_kernels.py tests/test_golden.py
+
+$(NATIVE)/few: $(BUILT) $(RECORDED)
+	$(RECORD) --examples 3
+
+$(NATIVE)/many: $(BUILT) $(RECORDED)
+	$(RECORD) --examples 40
 
 clean:
 	rm -rf build dist runs *.egg-info $(BUILT) flora/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

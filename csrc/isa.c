@@ -98,13 +98,15 @@ static const struct {
     {"v4", flora_kernels_v4, NULL, NULL, has_v4, 0},
     {"v4-bf16", flora_kernels_v4, &flora_dots_bf16, &flora_dots_bf16, has_bf16, 0},
     {"v4-amx", flora_kernels_v4, &flora_dots_amx, &flora_dots_bf16, has_amx, 0},
+#elif defined(__aarch64__)
+    {"neon", flora_kernels_neon, NULL, NULL, always, 0},
 #endif
 };
 
 enum { LEVEL_COUNT = sizeof LEVELS / sizeof *LEVELS };
 
 /* Names of levels of other architectures are no mistake: one FLORA_ISA may serve several machines. */
-static const char *const ORDER[] = {"portable", "soft-tiles", "v3", "v4", "v4-bf16", "v4-amx"};
+static const char *const ORDER[] = {"portable", "soft-tiles", "v3", "v4", "v4-bf16", "v4-amx", "neon"};
 
 static atomic_int current; /* an index of LEVELS */
 

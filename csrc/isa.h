@@ -9,9 +9,9 @@
 /* Probes the CPU and reads FLORA_ISA. Returns 0, or -1 if FLORA_ISA is no name of a level (it is then ignored). */
 int flora_isa_init(void);
 
-/* The level in use: "portable", "v3" (x86-64-v3), "v4" (x86-64-v4), "v4-bf16" (v4, and bfloat16 by AVX512-BF16) or
- * "v4-amx" (v4-bf16, and bfloat16 by AMX-BF16 where there is enough of it). For tests, and only if asked for by name,
- * there is "soft-tiles": portable, with the logic of v4-amx in plain C. */
+/* The level in use: "portable", "v3" (x86-64-v3), "v4" (x86-64-v4), "v4-bf16" (v4, and bfloat16 by AVX512-BF16),
+ * "v4-amx" (v4-bf16, and bfloat16 by AMX-BF16 where there is enough of it) or "neon" (aarch64). For tests, and only if
+ * asked for by name, there is "soft-tiles": portable, with the logic of v4-amx in plain C. */
 const char *flora_isa_name(void);
 
 /* Writes the names of the levels that this CPU runs, lowest first, to names[0 … max), and returns how many there are.

@@ -19,7 +19,9 @@
 #    define HAVE_POOL 0
 #endif
 
-#define SERIAL_FLOPS 1e6 /* below, waking the pool costs more than it gains: some microseconds of one core */
+#ifndef SERIAL_FLOPS
+#    define SERIAL_FLOPS 1e6 /* below, waking the pool costs more than it gains: some microseconds of one core */
+#endif
 
 typedef struct {
     void (*body)(int chunk, void *context);

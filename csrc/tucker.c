@@ -286,7 +286,8 @@ size_t flora_reserve(flora_scratch *scratch, int64_t a, int64_t b, int64_t c, si
     size_t bytes, start = scratch->size;
     if (__builtin_mul_overflow((size_t)a, (size_t)b, &bytes) || __builtin_mul_overflow(bytes, (size_t)c, &bytes) ||
         __builtin_mul_overflow(bytes, size, &bytes) || bytes > PTRDIFF_MAX - SLACK - ALIGNMENT ||
-        __builtin_add_overflow(start, (bytes + SLACK + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT, &scratch->size))
+        __builtin_add_overflow(start, (bytes + SLACK + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT, &scratch->size) ||
+        scratch->size > PTRDIFF_MAX - ALIGNMENT)
         scratch->overflow = 1;
     return start;
 }

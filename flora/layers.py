@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
-from torch.nn.utils import parametrize
 
 from flora import deltas as _deltas
 from flora import merging

@@ -91,10 +91,8 @@ LINEAR = {
 }
 
 
-@pytest.mark.parametrize("dtype", BOUND, ids=str)
-@pytest.mark.parametrize("plan", ["auto", "fused", "hybrid", "merged"])
-@pytest.mark.parametrize("name", LINEAR)
-def test_golden_of_structured_and_rescaled_linears(name, plan, dtype, isa):
+def build_linear(name, plan, dtype):
+    """One of these layers with the authors' numbers, and what gives their arrays of a parameter's name."""
     arrays = load(GOLDEN / f"{name}.npz", dtype)
     config, names = LINEAR[name]
     scale = float(arrays.get("scale", 1.0))
@@ -105,20 +103,26 @@ def test_golden_of_structured_and_rescaled_linears(name, plan, dtype, isa):
     layer = flora.wrap(base, replace(config, scale=scale, plan=plan))
     delta = layer.deltas["default"]
 
-    def theirs(prefix, name):
-        of_terms = isinstance(name, tuple)
-        return torch.stack([arrays[prefix + n] for n in name]) if of_terms else arrays[prefix + name].flatten()
+    def theirs(own, prefix=""):
+        of_terms = isinstance(names[own], tuple)
+        return torch.stack([arrays[prefix + n] for n in names[own]]) if of_terms else arrays[prefix + names[own]]
 
-    given = {own: theirs("", name) for own, name in names.items()}
-    delta.load_tensors({own: given[own].reshape(t.shape) for own, t in delta.named_parameters()})
+    delta.load_tensors({own: theirs(own).reshape(t.shape) for own, t in delta.named_parameters()})
+    return arrays, layer, delta, theirs
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("plan", ["auto", "fused", "hybrid", "merged"])
+@pytest.mark.parametrize("name", LINEAR)
+def test_golden_of_structured_and_rescaled_linears(name, plan, dtype, isa):
+    arrays, layer, delta, theirs = build_linear(name, plan, dtype)
     x = arrays["x"].requires_grad_()
     y = layer(x)
     y.backward(arrays["dy"])
 
     errors = {"y": relative(y, arrays["y"]), "dx": relative(x.grad, arrays["dx"])}
     for own, parameter in delta.named_parameters():
-        gradient = theirs("d_", names[own])
-        errors[own] = relative(parameter.grad.reshape(gradient.shape), gradient)
+        errors[own] = relative(parameter.grad, theirs(own, "d_").reshape(parameter.shape))
     assert max(errors.values()) < BOUND[dtype], errors
 
 

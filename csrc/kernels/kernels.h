@@ -129,6 +129,8 @@ extern const flora_kernels flora_kernels_portable[4];
 #if defined(__x86_64__)
 extern const flora_kernels flora_kernels_v3[4];
 extern const flora_kernels flora_kernels_v4[4];
+#elif defined(__aarch64__)
+extern const flora_kernels flora_kernels_neon[4];
 #endif
 
 #endif

@@ -12,6 +12,8 @@
 
 #if defined(__x86_64__)
 #    include <immintrin.h>
+#elif defined(FLORA_NEON)
+#    include <arm_neon.h>
 #endif
 
 #define F32_LANES (FLORA_VECTOR_BYTES / 4)
@@ -196,6 +198,16 @@ FLORA_INLINE f32v f16_widen(u16v v) {
 
 FLORA_INLINE u16v f16_narrow(f32v v) {
     return (u16v)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+#elif defined(FLORA_NEON)
+
+FLORA_INLINE f32v f16_widen(u16v v) {
+    return (f32v)vcvt_f32_f16((float16x4_t)v);
+}
+
+FLORA_INLINE u16v f16_narrow(f32v v) {
+    return (u16v)vcvt_f16_f32((float32x4_t)v);
 }
 
 #else
