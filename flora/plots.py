@@ -17,8 +17,8 @@ from flora.distributed import check_whole
 from flora.functional import delta_weight
 from flora.kinds import EMBEDDING
 from flora.layers import AdaptedLayer
-from flora.model import adapted_layers, check_adapter, state_of
 from flora.parameters import AdaptedParameter
+from flora.state import adapted_layers, check_adapter, state_of
 from flora.targets import near_misses
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from test_examples import ENVIRONMENT, ROOT
 from torch import nn
 
 import flora
-from flora.model import adapted_layers
+from flora.state import adapted_layers
 from flora.study import data, methods, runs, training
 from flora.study.data import Corpus, Data, Sentences, corpora, held_out
 from flora.study.methods import METHODS, adapted_weights, match_gain

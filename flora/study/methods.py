@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import flora
 from flora.config import DeltaConfig
-from flora.model import adapted_layers
+from flora.state import adapted_layers
 from flora.study import peft_methods
 from flora.study.networks import Network
 from flora.study.plan import SHARE

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import flora
 from flora.finetune.training import hold_statistics, step
-from flora.model import adapted_layers
+from flora.state import adapted_layers
 from flora.study.data import Examples
 from flora.study.networks import schedule
 
