@@ -4,8 +4,10 @@ import itertools
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -448,3 +450,60 @@ def test_wrong_options_are_one_sentence(tmp_path):
         assert done.returncode == 2
         assert said in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_killed_study_leaves_no_process_and_goes_on_where_it_was(tmp_path):
+    """The runs that were under way are done again, and those alone."""
+    script = tmp_path / "toy_study.py"
+    script.write_text(KILLED)
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), str(tmp_path)]
+    first = subprocess.Popen(command, env=environment, start_new_session=True)
+    store = Store(tmp_path / "study.jsonl")
+    wait_for(lambda: len(store.records()) >= 2 or first.poll() is not None)
+    first.send_signal(signal.SIGKILL)
+    first.wait(30)
+    wait_for(lambda: not lives(first.pid))
+    before = store.records()
+    assert 2 <= len(before) < 6
+    done = subprocess.run(command, env=environment, timeout=240, check=False)
+    assert done.returncode == 0
+    assert len(store.path.read_text().splitlines()) == len(store.records()) == 6
+    assert store.records()[: len(before)] == before
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import test_study
+from flora.study import runs
+from flora.study.plan import Comparison
+from flora.study.records import Store
+from flora.study.runs import Place, carried_out
+
+if __name__ == "__main__":
+    store = Store(Path(sys.argv[1]) / "study.jsonl")
+    wanted = [Comparison("core", "toy", name, None, 12, lrs=(1e-3, 1e-2), seeds=(1,)) for name in ("head", "full")]
+    done = {record["id"]: record for record in store.records()}
+    for record in carried_out(Place(None, Path(sys.argv[1])), wanted, done, 2):
+        store.append(record)
+else:  # in a process of the pool, which imports this file as its main module
+    runs.known_tasks = lambda text_data: {"toy": test_study.TOY}
+    runs._data = lambda text_data, task: test_study.toy_data()
+"""
+
+
+def wait_for(condition, seconds=120):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not come about"
+        time.sleep(0.05)
+
+
+def lives(group):
+    """Whether any process of a group does."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -15,7 +15,7 @@ import torch
 import flora
 from flora.bench import machine
 from flora.finetune.data import require
-from flora.study import speed
+from flora.study import distortion, report, speed
 from flora.study.data import EXTRA
 from flora.study.plan import PARTS, comparisons
 from flora.study.records import Record, Store, digest
@@ -76,8 +76,6 @@ def run(args: argparse.Namespace) -> None:
     """Does what is missing; what is there already is not done again."""
     store = Store(args.output / STORE)
     if args.report is not None:
-        from flora.study import report
-
         report.write(store.records(), args.report)
         print(f"{args.report / 'study.md'} is written.")
         return
@@ -88,8 +86,6 @@ def run(args: argparse.Namespace) -> None:
     if args.only in ("all", "speed") and not args.quick:
         speed.run(store, place, here["id"], quiet=args.quiet)
     if args.only in ("all", "distortion"):
-        from flora.study import distortion
-
         distortion.run(store, args.output, quick=args.quick, quiet=args.quiet)
     print(f"{len(store.records('run'))} runs are in {store.path}; --report DIR makes a page of them.")
 

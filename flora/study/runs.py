@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -144,6 +146,9 @@ def carried_out(
 
 
 def _quiet_worker() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # a pool's process does not notice by itself that there is no one left to work for
+        threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("transformers").setLevel(logging.ERROR)
