@@ -52,10 +52,12 @@ class Outcome:
 
     @property
     def sizes(self) -> str:
-        """The ranks that the budget allowed, as far as the configuration has any."""
+        """The ranks that the budget allowed, as far as the configuration has any: "4 to 5, kernel 2"."""
         config = self.finals[0].get("config", "") if self.finals else ""
-        rank, kernel = re.search(r"\brank=(\d+)", config), re.search(r"\bkernel_rank=(\d+)", config)
-        return rank[1] + (f" (kernel {kernel[1]})" if kernel else "") if rank else ""
+        kernel, pattern = re.search(r"\bkernel_rank=(\d+)", config), re.search(r"\brank_pattern={(.*?)}", config)
+        ranks = re.findall(r"\brank=(\d+)", config) + re.findall(r": (\d+)", pattern[1] if pattern else "")
+        ends = [min(map(int, ranks)), max(map(int, ranks))] if ranks else []
+        return " to ".join(map(str, dict.fromkeys(ends))) + (f", kernel {kernel[1]}" if kernel else "")
 
 
 @dataclass(frozen=True)
