@@ -139,12 +139,12 @@ def test_every_part_has_its_section_and_every_drawing_its_place(written):
         assert f"\n## {part.title}\n" in text, part.name
     assert {part.name for part in report.PARTS} == {*PARTS} - {"core"}
     shown = re.findall(r"\]\((study-[\w-]+\.svg)\)", text)
-    assert len(shown) == len(set(shown)) >= 7
+    assert len(shown) == len(set(shown)) >= 8
     assert {path.name for path in written.iterdir()} == {"study.md", *shown}
     for name in shown:
         drawing = (written / name).read_text()
         assert drawing.startswith("<?xml")
-        assert ">test accuracy, %</text>" in drawing or ">points of accuracy</text>" in drawing
+        assert ">test accuracy, %</text>" in drawing or name in ("study-differences.svg", "study-rates.svg")
     progress = [line for line in text.splitlines() if re.match(r"\| .* \| \d+ of \d+ \|", line)]
     assert len(progress) == len(PARTS)
     assert all(re.match(r".*\| (\d+) of \1 \|", line) for line in progress)
@@ -287,6 +287,16 @@ def test_locon_is_left_out_where_it_is_lora():
     assert row(text, "FLoRA beside the others, paired", "FLoRA − LoCon (Tucker-2)")[2] == "–"
     assert "LoCon (Tucker-2) by 0.4 points" in text or "and LoCon (Tucker-2) cannot" in text
     assert "(digits and animals): " in report.readme_figures(lines)
+
+
+def test_a_delta_that_has_fitted_less_is_told_from_one_that_generalises_worse():
+    lines = study(["core"], gains=lambda run: -3.0 * (run.method == "flora"))
+    assert "fitted less" not in text_of(lines)
+    for line in lines:
+        if line.get("method") == "flora" and line["task"] == "animals":
+            line["train_loss"] = 0.2
+    assert "its training loss ends at 2.0 times LoRA's on animals (96 steps)." in text_of(lines)
+    assert text_of(lines).split("| training loss |", 1)[1].count("| FLoRA | 0.1 | 0.2 | 0.1 |") == 1
 
 
 def test_a_task_without_room_is_named():

@@ -76,7 +76,7 @@ def over_parameters(lines: Mapping[str, Mapping[str, Sequence[Outcome]]], titles
                 continue
             counts, means, spreads = zip(*found, strict=True)
             _bars(place, counts, means, spreads, colour, marker, titles[method])
-        place.set_xscale("log")
+        _count_axis(place)
         place.set_title(task, fontsize="medium")
         place.set_xlabel("trainable parameters of the deltas")
         place.set_ylabel("test accuracy, %")
@@ -179,6 +179,15 @@ def ranking(outcomes: Mapping[str, Mapping[str, Outcome]], titles: Mapping[str, 
     return figure
 
 
+def _count_axis(place: Axes) -> None:
+    """Powers, with ticks that are written out: "200 k", "1 M"."""
+    ticker = require("matplotlib.ticker", extra="study")
+    place.set_xscale("log")
+    place.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    place.xaxis.set_major_formatter(ticker.EngFormatter())
+    place.minorticks_off()
+
+
 def _bars(
     place: Axes,
     x: Sequence[float],
@@ -188,7 +197,8 @@ def _bars(
     marker: str,
     label: str,
 ) -> None:
-    drawn: dict[str, Any] = {"color": colour, "marker": marker, "ms": 11 if marker == "*" else 7, "mec": "white"}
+    size = {"*": 11, "o": 9, "^": 8}.get(marker, 6)  # so that none hides another that lies at the same place
+    drawn: dict[str, Any] = {"color": colour, "marker": marker, "ms": size, "mec": "white"}
     place.errorbar(x, y, yerr=widths, lw=1.2, capsize=2, elinewidth=0.9, mew=0.6, label=label, **drawn)
 
 

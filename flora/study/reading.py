@@ -9,6 +9,7 @@ from flora.study.plan import MAIN_METHODS, SHARE
 from flora.study.results import Contrast, Results
 from flora.study.wording import TITLES, listed, number, setting, signed, spanned, verdict
 
+_SLOWER = 1.5  # times LoRA's training loss, from which on a delta has fitted less
 _ROOM = 5.0  # points, below which a task says little
 
 
@@ -17,6 +18,7 @@ def reading(results: Results) -> str:
     said = [
         *_against(results, "lora"),
         *_against(results, "locon"),
+        *_fitted(results),
         *_beside_the_ends(results),
         *_budgets(results),
         *_settings(results),
@@ -54,6 +56,22 @@ def _by_task(contrast: Contrast) -> str:
         by_sign.setdefault(contrast.on(task).sign, []).append(task)
     names = {1: "clearly better on", -1: "clearly worse on", 0: "unclear on"}
     return "; " + "; ".join(f"{names[sign]} {listed(by_sign[sign])}" for sign in (1, -1, 0) if sign in by_sign)
+
+
+def _fitted(results: Results) -> list[str]:
+    """Where FLoRA is behind LoRA on the test examples and on those that it has learned from as well."""
+    found = []
+    for task in results.main_tasks():
+        ours, theirs = results.standard(task, "flora"), results.standard(task, "lora")
+        if ours is None or theirs is None or ours.train_loss is None or not theirs.train_loss:
+            continue
+        times = ours.train_loss / theirs.train_loss
+        behind = results.between("flora", "lora", [task])
+        if behind is not None and behind.on(task).mean < 0 and times > _SLOWER:
+            found.append(f"{times:.1f} times LoRA's on {task} ({results.tasks[task]} steps)")
+    return (
+        [f"Where FLoRA is behind, it has also fitted less: its training loss ends at {listed(found)}."] if found else []
+    )
 
 
 def _beside_the_ends(results: Results) -> list[str]:

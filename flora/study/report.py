@@ -156,6 +156,10 @@ that it lies at the grid's end, so that one beyond it might have done better:
 {_rates(outcomes, MAIN_METHODS)}
 
 {shown("rates", "Validation accuracy over the learning rate, by task")}
+
+The training loss at the end, the mean of the last ten steps and of the seeds, says who has fitted how much by then:
+
+{_losses(outcomes, MAIN_METHODS)}
 {_notes(results, outcomes)}"""
     return Section(
         text, {"accuracy": figures.over_parameters(lines, TITLES), "rates": figures.over_rates(outcomes, TITLES)}
@@ -550,6 +554,14 @@ def _rates(outcomes: Mapping[str, Mapping[str, Outcome]], methods: Iterable[str]
         found = [outcomes[task].get(method) for task in outcomes]
         rows.append([TITLES[method], *(_NONE if o is None else f"{o.lr:g}{arrows[o.edge]}" for o in found)])
     return table(["learning rate", *outcomes], rows)
+
+
+def _losses(outcomes: Mapping[str, Mapping[str, Outcome]], methods: Iterable[str]) -> str:
+    rows = []
+    for method in methods:
+        losses = [found[method].train_loss if method in found else None for found in outcomes.values()]
+        rows.append([TITLES[method], *(_NONE if loss is None else f"{loss:.3g}" for loss in losses)])
+    return table(["training loss", *outcomes], rows)
 
 
 def _notes(results: Results, outcomes: Mapping[str, Mapping[str, Outcome]]) -> str:

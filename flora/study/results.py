@@ -46,6 +46,12 @@ class Outcome:
         return sum(bool(run.get("diverged")) for run in self.finals)
 
     @property
+    def train_loss(self) -> float | None:
+        """The mean of the final runs' losses of their last steps; None if one is missing."""
+        losses = [run.get("train_loss") for run in self.finals]
+        return sum(losses) / len(losses) if losses and None not in losses else None
+
+    @property
     def parameters(self) -> int | None:
         """That learn in the deltas."""
         return self.finals[0]["parameters"] if self.finals else None
