@@ -7,7 +7,7 @@ from flora.study.plan import PARTS, comparisons
 from flora.study.records import digest
 
 WEIGHTS = 1_000_000  # that all methods adapt
-STEPS = {"digits": 96, "animals": 96, "resnet-digits": 96, "vit-digits": 96, "trec": 96}
+STEPS = {"digits": 96, "animals": 96, "resnet-digits": 96, "vit-digits": 96, "trec": 96, "polarity": 96}
 
 BASE = {"head": 80.0, "full": 93.0, "lora": 90.0, "locon": 90.5, "flora": 91.0}
 

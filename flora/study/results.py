@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from flora.study.data import Corpus
-from flora.study.plan import PARTS, SHARE, TEXTS, Comparison, Run, comparisons
+from flora.study.plan import MAIN_METHODS, PARTS, SHARE, TEXTS, Comparison, Run, comparisons
 from flora.study.records import Record
 from flora.study.statistics import Estimate, interval, over_groups
 from flora.study.tasks import Task, tasks
@@ -119,9 +119,11 @@ class Results:
         return {}
 
     def part(self, name: str) -> list[Outcome]:
-        """The comparisons of a part, whether or not their runs are there."""
+        """The comparisons of a part, whether or not their runs are there; those on text, which run last, included."""
         if name not in self._parts:
-            self._parts[name] = [self._outcome(comparison) for comparison in comparisons([name], self._planned)]
+            found = [*comparisons([name], self._planned)]
+            found += [c for c in comparisons(["texts"], self._planned) if _section_of(c) == name]
+            self._parts[name] = [self._outcome(comparison) for comparison in found]
         return self._parts[name]
 
     def _outcome(self, comparison: Comparison) -> Outcome:
@@ -186,13 +188,20 @@ class Results:
 
     def progress(self) -> list[tuple[str, int, int]]:
         """Of every part that has any: its comparisons that have all their seeds, and all that it has."""
-        names = [self.main, *(part for part in PARTS if part != self.main)] if self.main == "core" else [self.main]
+        names = [part for part in PARTS if part != "texts"] if self.main == "core" else [self.main]
         found = []
         for name in names:
             outcomes = self.part(name)
             whole = sum(len(outcome.finals) == len(outcome.comparison.seeds) for outcome in outcomes)
             found.append((name, whole, len(outcomes)))
         return found
+
+
+def _section_of(comparison: Comparison) -> str:
+    """The part that a comparison on text belongs to by what it is of."""
+    if comparison.share not in (None, SHARE):
+        return "budgets"
+    return "networks" if comparison.method in MAIN_METHODS else "methods"
 
 
 def _known() -> dict[str, Task]:
