@@ -76,7 +76,7 @@ def over_parameters(lines: Mapping[str, Mapping[str, Sequence[Outcome]]], titles
                 continue
             counts, means, spreads = zip(*found, strict=True)
             _bars(place, counts, means, spreads, colour, marker, titles[method])
-        place.set_xscale("log")
+        _count_axis(place)
         place.set_title(task, fontsize="medium")
         place.set_xlabel("trainable parameters of the deltas")
         place.set_ylabel("test accuracy, %")
@@ -125,7 +125,7 @@ def differences(contrasts: Mapping[str, Contrast], titles: Mapping[str, str]) ->
 def over_values(
     lines: Mapping[str, Mapping[str, Mapping[float, Outcome]]], titles: Mapping[str, str], label: str
 ) -> Figure:
-    """Accuracy over a number that was varied, on a scale of powers: a panel a task, a line a method."""
+    """Accuracy over a number that was varied, on a scale of powers of 2: a panel a task, a line a method."""
     figure, axes = panels(len(lines))
     for place, (task, methods) in zip(axes, lines.items(), strict=True):
         ticks: set[float] = set()
@@ -141,6 +141,23 @@ def over_values(
         place.set_title(task, fontsize="medium")
         place.set_xlabel(label)
         place.set_ylabel("test accuracy, %")
+    legend(figure, axes)
+    return figure
+
+
+def over_rates(outcomes: Mapping[str, Mapping[str, Outcome]], titles: Mapping[str, str]) -> Figure:
+    """Accuracy on the validation examples over the learning rate, in the search: a panel a task, a line a method."""
+    figure, axes = panels(len(outcomes))
+    for place, (task, methods) in zip(axes, outcomes.items(), strict=True):
+        for method, outcome in methods.items():
+            colour, marker = STYLES[method]
+            rates = sorted(outcome.searched)
+            found = [100 * outcome.searched[rate]["validation"] for rate in rates]
+            place.plot(rates, found, color=colour, marker=marker, ms=6, mec="white", mew=0.6, label=titles[method])
+        place.set_xscale("log")
+        place.set_title(task, fontsize="medium")
+        place.set_xlabel("learning rate")
+        place.set_ylabel("validation accuracy, %")
     legend(figure, axes)
     return figure
 
@@ -162,6 +179,15 @@ def ranking(outcomes: Mapping[str, Mapping[str, Outcome]], titles: Mapping[str, 
     return figure
 
 
+def _count_axis(place: Axes) -> None:
+    """Powers, with ticks that are written out: "200 k", "1 M"."""
+    ticker = require("matplotlib.ticker", extra="study")
+    place.set_xscale("log")
+    place.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    place.xaxis.set_major_formatter(ticker.EngFormatter())
+    place.minorticks_off()
+
+
 def _bars(
     place: Axes,
     x: Sequence[float],
@@ -171,10 +197,9 @@ def _bars(
     marker: str,
     label: str,
 ) -> None:
-    size = 9 if marker == "*" else 6
-    place.errorbar(
-        x, y, yerr=widths, color=colour, marker=marker, ms=size, lw=1.2, capsize=2, elinewidth=0.9, label=label
-    )
+    size = {"*": 11, "o": 9, "^": 8}.get(marker, 6)  # so that none hides another that lies at the same place
+    drawn: dict[str, Any] = {"color": colour, "marker": marker, "ms": size, "mec": "white"}
+    place.errorbar(x, y, yerr=widths, lw=1.2, capsize=2, elinewidth=0.9, mew=0.6, label=label, **drawn)
 
 
 def _span(place: Axes, row: int, estimate: Estimate, colour: str, label: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flora.study.plan import MAIN_METHODS, SHARE
 from flora.study.results import Contrast, Results
 from flora.study.wording import TITLES, listed, number, setting, signed, spanned, verdict
+
+_SLOWER = 1.5  # times LoRA's training loss, from which on a delta has fitted less
+_ROOM = 5.0  # points, below which a task says little
 
 
 def reading(results: Results) -> str:
@@ -15,6 +18,7 @@ def reading(results: Results) -> str:
     said = [
         *_against(results, "lora"),
         *_against(results, "locon"),
+        *_fitted(results),
         *_beside_the_ends(results),
         *_budgets(results),
         *_settings(results),
@@ -54,6 +58,22 @@ def _by_task(contrast: Contrast) -> str:
     return "; " + "; ".join(f"{names[sign]} {listed(by_sign[sign])}" for sign in (1, -1, 0) if sign in by_sign)
 
 
+def _fitted(results: Results) -> list[str]:
+    """Where FLoRA is behind LoRA on the test examples and on those that it has learned from as well."""
+    found = []
+    for task in results.main_tasks():
+        ours, theirs = results.standard(task, "flora"), results.standard(task, "lora")
+        if ours is None or theirs is None or ours.train_loss is None or not theirs.train_loss:
+            continue
+        times = ours.train_loss / theirs.train_loss
+        behind = results.between("flora", "lora", [task])
+        if behind is not None and behind.on(task).mean < 0 and times > _SLOWER:
+            found.append(f"{times:.1f} times LoRA's on {task} ({results.tasks[task]} steps)")
+    return (
+        [f"Where FLoRA is behind, it has also fitted less: its training loss ends at {listed(found)}."] if found else []
+    )
+
+
 def _beside_the_ends(results: Results) -> list[str]:
     tasks = results.main_tasks()
     said = []
@@ -64,10 +84,18 @@ def _beside_the_ends(results: Results) -> list[str]:
             ours, all_of_it = results.standard(task, "flora"), results.standard(task, "full")
             if ours is not None and all_of_it is not None and ours.parameters and all_of_it.parameters:
                 shares.append(100 * ours.parameters / all_of_it.parameters)
-        learns = f", with {min(shares):.1f} % to {max(shares):.1f} % of its trainable parameters" if shares else ""
+        ends = list(dict.fromkeys(f"{end:.1f} %" for end in (min(shares), max(shares)))) if shares else []
+        learns = f", with {' to '.join(ends)} of its trainable parameters" if ends else ""
         said.append(f"{verdict('FLoRA', TITLES['full'], full.here)}{learns}{_by_task(full)}.")
     if head is not None:
         said.append(f"{verdict('FLoRA', 'the classifier alone', head.here)}{_by_task(head)}.")
+    room = results.between("full", "head", tasks)
+    narrow = [] if room is None else [task for task in room.differences if room.on(task).mean < _ROOM]
+    if narrow:
+        said.append(
+            f"On {listed(narrow)} full fine-tuning is less than {_ROOM:g} points above the classifier alone, which "
+            "leaves little room for a difference between methods."
+        )
     return said
 
 
@@ -99,48 +127,59 @@ _SETTINGS: Mapping[str, tuple[str, str]] = {
     "start": ("Start", "the authors' factors"),
     "core-lr": ("Learning rate of the core", "one rate for all"),
     "batch-norm": ("BatchNorm", "held statistics"),
+    "alpha": ("A learning rate taken to another rank", "no rule"),
 }
 
 
 def _settings(results: Results) -> list[str]:
+    """What each part's settings change, of each method at each budget."""
     said = []
     for part, (about, plain) in _SETTINGS.items():
-        clear: list[str] = []
-        unclear: list[str] = []
-        better = False
-        for options, contrast in _of_settings(results, part, "flora"):
-            estimate = contrast.here
-            if estimate.sign:
-                better |= estimate.sign > 0
-                change = "gains" if estimate.sign > 0 else "costs"
-                clear.append(f"{setting(options)} {change} {abs(estimate.mean):.1f} points ({spanned(estimate)})")
-            else:
-                unclear.append(f"{setting(options)} ({signed(estimate.mean)}, {spanned(estimate)})")
-        if not clear and not unclear:
-            continue
-        sentence = f"{about}, FLoRA: "
-        if clear:
-            sentence += f"beside {plain}, {listed(clear)}. "
-        if unclear:
-            sentence += f"Not to be told from {plain}: {'; '.join(unclear)}. "
-        sentence += "" if better else f"Nothing that was tried is clearly better than {plain}."
-        said.append(sentence.strip())
+        kinds = dict.fromkeys((o.comparison.method, o.comparison.share) for o in results.part(part))
+        for method, share in kinds:
+            found = _of_settings(results, part, method, share)
+            if found:
+                budget = "" if share == SHARE or share is None else f" at {100 * share:g} %"
+                said.append(f"{about}, {TITLES[method]}{budget}: {_beside(plain, found)}")
     return said
 
 
-def _of_settings(results: Results, part: str, method: str) -> list[tuple[dict[str, Any], Contrast]]:
+def _beside(plain: str, found: Iterable[tuple[Mapping[str, Any], Contrast]]) -> str:
+    """Sentences on what settings change beside the plain one."""
+    clear: list[str] = []
+    unclear: list[str] = []
+    better = False
+    for options, contrast in found:
+        estimate = contrast.here
+        if estimate.sign:
+            better |= estimate.sign > 0
+            change = "gains" if estimate.sign > 0 else "costs"
+            clear.append(f"{setting(options)} {change} {abs(estimate.mean):.1f} points ({spanned(estimate)})")
+        else:
+            unclear.append(f"{setting(options)} ({signed(estimate.mean)}, {spanned(estimate)})")
+    said = [f"beside {plain}, {listed(clear)}."] if clear else []
+    if unclear:
+        said.append(f"{'N' if clear else 'n'}ot to be told from {plain}: {'; '.join(unclear)}.")
+    if clear and not better:
+        said.append(f"Nothing that was tried is clearly better than {plain}.")
+    return " ".join(said)
+
+
+def _of_settings(
+    results: Results, part: str, method: str, share: float | None
+) -> list[tuple[Mapping[str, Any], Contrast]]:
     """Every setting of a method in a part, beside the one that it has otherwise."""
-    every: list[dict[str, Any]] = []
+    every: list[Mapping[str, Any]] = []
     for outcome in results.part(part):
         c = outcome.comparison
-        if c.method == method and c.options and c.options not in every:
+        if (c.method, c.share) == (method, share) and c.options and c.options not in every:
             every.append(c.options)
     found = []
     for options in every:
         pairs = {}
         for task in results.main_tasks(part):
-            ours = results.find(part, task, method, SHARE, options)
-            pairs[task] = ours, results.baseline(part, task, method, SHARE)
+            ours = results.find(part, task, method, share, options)
+            pairs[task] = ours, results.baseline(part, task, method, share)
         contrast = results.contrast(pairs)
         if contrast is not None:
             found.append((options, contrast))

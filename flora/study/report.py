@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from flora.study.plan import MAIN_METHODS, SEARCH_SEED, SHARE
 from flora.study.reading import reading
 from flora.study.records import Record
 from flora.study.results import KNOWN, Contrast, Outcome, Results
-from flora.study.section import Section, shown, table
+from flora.study.section import Section, shown, table, unwrapped
 from flora.study.statistics import LEVEL, spread
 from flora.study.wording import TITLES, estimated, listed, number, setting, verdict
 
@@ -32,7 +33,7 @@ def write(records: Iterable[Record], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for section in sections:
         figures.save(section.figures, folder)
-    (folder / "study.md").write_text("\n\n".join(section.text.strip() for section in sections) + "\n")
+    (folder / "study.md").write_text("\n\n".join(unwrapped(section.text) for section in sections) + "\n")
 
 
 def page(results: Results) -> list[Section]:
@@ -64,9 +65,8 @@ def readme_figures(records: Iterable[Record]) -> str:
     seeds = max(len(o.finals) for o in results.part(results.main))
     share = f"{100 * SHARE:g} %"
     lines = [
-        f"{number(len(tasks), 'task')} ({listed(tasks)}), {number(seeds, 'seed')} each, trainable parameters in the "
-        f"deltas: {share} of the adapted weights. Differences are paired by task and seed, with {100 * LEVEL:g} % "
-        "intervals.",
+        f"On {number(len(tasks), 'task')} ({listed(tasks)}), with {number(seeds, 'seed')} each, and deltas of as many "
+        f"trainable parameters as {share} of the weights that they adapt:",
         "",
     ]
     quoted = []
@@ -121,7 +121,8 @@ lines.{quick}
 
 ## What ran
 
-Each comparison is a method on a task at one number of parameters. What is not complete is not on this page.
+Each comparison is a method on a task in one setting: a search for its learning rate, and the seeds. A table says so
+where some seeds are missing; what has none is left out.
 
 {table(["part", "comparisons complete"], progress)}"""
     return Section(text)
@@ -153,8 +154,16 @@ The learning rate of each was taken from the same grid by the validation accurac
 that it lies at the grid's end, so that one beyond it might have done better:
 
 {_rates(outcomes, MAIN_METHODS)}
+
+{shown("rates", "Validation accuracy over the learning rate, by task")}
+
+The training loss at the end, the mean of the last ten steps and of the seeds, says who has fitted how much by then:
+
+{_losses(outcomes, MAIN_METHODS)}
 {_notes(results, outcomes)}"""
-    return Section(text, {"accuracy": figures.over_parameters(lines, TITLES)})
+    return Section(
+        text, {"accuracy": figures.over_parameters(lines, TITLES), "rates": figures.over_rates(outcomes, TITLES)}
+    )
 
 
 def _paired(results: Results) -> Section | None:
@@ -262,18 +271,17 @@ class Part:
 
 def _networks(results: Results, part: Part) -> Section:
     outcomes = {task: _present(results, task, MAIN_METHODS) for task in results.main_tasks(part.name)}
-    lines = {task: {method: [outcome] for method, outcome in found.items()} for task, found in outcomes.items()}
     text = f"""{part.heading}
 
 {_accuracies(outcomes, MAIN_METHODS)}
 
-{shown("networks", "Test accuracy over the trainable parameters of the deltas, on the further networks")}
+{shown("networks", "Test accuracy on the further networks")}
 
 {_parameters(outcomes, MAIN_METHODS)}
 
 {_rates(outcomes, MAIN_METHODS)}
 {_notes(results, outcomes)}"""
-    return Section(text, {"networks": figures.over_parameters(lines, TITLES)})
+    return Section(text, {"networks": figures.ranking(outcomes, TITLES)})
 
 
 def _methods(results: Results, part: Part) -> Section:
@@ -284,18 +292,6 @@ def _methods(results: Results, part: Part) -> Section:
     for method in methods:
         found = results.between(method, "flora", tasks) if method != "flora" else None
         rows.append([TITLES[method], *_cells(outcomes, method), estimated(found.here) if found is not None else _NONE])
-    own = [name for name in ("lora",) if any(f"peft-{name}" in found for found in outcomes.values())]
-    checks = []
-    for name in own:
-        found = results.between(name, f"peft-{name}", tasks)
-        if found is not None:
-            checks.append(
-                f"**PEFT as a check.** {verdict(f'our {TITLES[name]}', TITLES[f'peft-{name}'], found.here)}, over "
-                f"{listed(found.differences)}. PEFT's has the layers that PEFT accepts, and the rank that fits the "
-                "budget there, so the two are not the same function everywhere:"
-            )
-            checks.append(table(["", "", "PEFT's configuration"], _configurations(outcomes, f"peft-{name}")))
-    peft_notes = "\n\n".join(checks)
     text = f"""{part.heading}
 
 {table(["", *tasks, "less FLoRA, points"], rows)}
@@ -307,18 +303,27 @@ Trainable parameters in the deltas; what has no size to choose has as many as it
 {_parameters(outcomes, methods)}
 
 {_rates(outcomes, methods)}
-
-{peft_notes}
 {_notes(results, outcomes)}"""
     return Section(text, {"methods": figures.ranking(outcomes, TITLES)})
 
 
-def _configurations(outcomes: Mapping[str, Mapping[str, Outcome]], method: str) -> list[list[str]]:
-    return [
-        [task, TITLES[method], f"`{found[method].finals[0]['config']}`"]
-        for task, found in outcomes.items()
-        if method in found
+def _peft(results: Results, part: Part) -> Section:
+    tasks = results.main_tasks("methods")
+    theirs = {task: results.standard(task, "peft-lora") for task in tasks}
+    found = results.between("lora", "peft-lora", tasks)
+    if found is None:
+        return Section(f"{part.heading}\n\nIts runs are not complete.")
+    rows = [
+        [task, estimated(found.on(task)), f"{outcome.parameters:,}", f"`{outcome.finals[0]['config']}`"]
+        for task, outcome in theirs.items()
+        if outcome is not None and task in found.differences
     ]
+    text = f"""{part.heading}
+
+{verdict("flora's LoRA", TITLES["peft-lora"], found.here)}, over {listed(found.differences)}.
+
+{table(["", "flora's less PEFT's, points", "PEFT's parameters", "PEFT's configuration"], rows)}"""
+    return Section(text)
 
 
 def _budgets(results: Results, part: Part) -> Section:
@@ -429,6 +434,13 @@ PARTS = (
         _methods,
     ),
     Part(
+        "methods",
+        "PEFT's LoRA beside flora's",
+        "A check on the baseline. PEFT's has the layers that PEFT accepts, and the largest rank that stays within the "
+        "budget there, so that the two are not the same function on every network.",
+        _peft,
+    ),
+    Part(
         "scale",
         "What a wrong scale costs",
         "ΔW is multiplied by s. The learning rate is the one that was chosen for s = 1, as of one who takes over a "
@@ -464,7 +476,10 @@ PARTS = (
     ),
 )
 
-PART_TITLES = {"core": "core", "quick": "quick version of the core"} | {part.name: part.title for part in PARTS}
+PART_TITLES = {part.name: part.title for part in reversed(PARTS)} | {
+    "core": "The core",
+    "quick": "A quick version of the core",
+}
 
 
 # What all parts write ------------------------------------------------------------------------------------------------
@@ -523,10 +538,12 @@ def _budget_note(outcomes: Mapping[str, Mapping[str, Outcome]]) -> str:
     if not used:
         return ""
     (method, task), least = min(used.items(), key=lambda item: item[1])
+    most = max(used.values())
+    ends = [f"{100 * least:.1f} % ({method} on {task})", f"{100 * most:.1f} %"]
+    used_up = " to ".join(ends) if f"{100 * least:.1f}" != f"{100 * most:.1f}" else ends[1]
     return (
-        f"A budget is an upper limit, and a rank a whole number: the deltas have {100 * least:.1f} % "
-        f"({method} on {task}) to {100 * max(used.values()):.1f} % of theirs. Full fine-tuning also learns what no "
-        "delta adapts, as biases and normalisation."
+        f"A budget is an upper limit, of which these deltas use {used_up}. Full fine-tuning also learns what no delta "
+        "adapts, as biases and normalisation."
     )
 
 
@@ -537,6 +554,14 @@ def _rates(outcomes: Mapping[str, Mapping[str, Outcome]], methods: Iterable[str]
         found = [outcomes[task].get(method) for task in outcomes]
         rows.append([TITLES[method], *(_NONE if o is None else f"{o.lr:g}{arrows[o.edge]}" for o in found)])
     return table(["learning rate", *outcomes], rows)
+
+
+def _losses(outcomes: Mapping[str, Mapping[str, Outcome]], methods: Iterable[str]) -> str:
+    rows = []
+    for method in methods:
+        losses = [found[method].train_loss if method in found else None for found in outcomes.values()]
+        rows.append([TITLES[method], *(_NONE if loss is None else f"{loss:.3g}" for loss in losses)])
+    return table(["training loss", *outcomes], rows)
 
 
 def _notes(results: Results, outcomes: Mapping[str, Mapping[str, Outcome]]) -> str:
@@ -577,9 +602,22 @@ def _method(results: Results) -> Section:
 - A seed draws the examples to train and validate on, their order, the classifier and the delta. The test examples are
   the same for all.
 - Learning rates of the core: {rates}, each run once with seed {SEARCH_SEED}; the best on the validation examples, of
-  equals the smallest, is run with seeds {seeds}, and only these runs look at the test examples.
-- The number of parameters is set by `flora.budget`: the largest rank, the same in all layers, that stays within it."""
+  equals the smallest, is run with seeds {seeds}, and only these runs look at the test examples. The choice is noisy
+  itself: {_noise(outcomes)}. Later parts search less: their tables of rates mark the ends of their own grids.
+- The number of parameters is set by `flora.budget`: the largest rank that stays within it on all layers, and the next
+  one on as many as then fit."""
     return Section(text)
+
+
+def _noise(outcomes: Sequence[Outcome]) -> str:
+    """How well an accuracy on the validation examples is known."""
+    best = [max(run["validation"] for run in o.searched.values()) for o in outcomes]
+    mean = sum(best) / len(best)
+    fewest = min(KNOWN[o.comparison.task].validation for o in outcomes)
+    error = 100 * math.sqrt(mean * (1 - mean) / fewest)
+    return (
+        f"{100 * mean:.0f} % of {fewest} examples, the mean of the chosen, has a standard error of {error:.1f} points"
+    )
 
 
 def _machine(results: Results) -> Section:

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from flora.study.data import Corpus
-from flora.study.plan import PARTS, SHARE, TEXTS, Comparison, Run, comparisons
+from flora.study.plan import MAIN_METHODS, PARTS, SHARE, TEXTS, Comparison, Run, comparisons
 from flora.study.records import Record
 from flora.study.statistics import Estimate, interval, over_groups
 from flora.study.tasks import Task, tasks
@@ -46,16 +46,24 @@ class Outcome:
         return sum(bool(run.get("diverged")) for run in self.finals)
 
     @property
+    def train_loss(self) -> float | None:
+        """The mean of the final runs' losses of their last steps; None if one is missing."""
+        losses = [run.get("train_loss") for run in self.finals]
+        return sum(losses) / len(losses) if losses and None not in losses else None
+
+    @property
     def parameters(self) -> int | None:
         """That learn in the deltas."""
         return self.finals[0]["parameters"] if self.finals else None
 
     @property
     def sizes(self) -> str:
-        """The ranks that the budget allowed, as far as the configuration has any."""
+        """The ranks that the budget allowed, as far as the configuration has any: "4 to 5, kernel 2"."""
         config = self.finals[0].get("config", "") if self.finals else ""
-        rank, kernel = re.search(r"\brank=(\d+)", config), re.search(r"\bkernel_rank=(\d+)", config)
-        return rank[1] + (f" (kernel {kernel[1]})" if kernel else "") if rank else ""
+        kernel, pattern = re.search(r"\bkernel_rank=(\d+)", config), re.search(r"\brank_pattern={(.*?)}", config)
+        ranks = re.findall(r"\brank=(\d+)", config) + re.findall(r": (\d+)", pattern[1] if pattern else "")
+        ends = [min(map(int, ranks)), max(map(int, ranks))] if ranks else []
+        return " to ".join(map(str, dict.fromkeys(ends))) + (f", kernel {kernel[1]}" if kernel else "")
 
 
 @dataclass(frozen=True)
@@ -111,9 +119,11 @@ class Results:
         return {}
 
     def part(self, name: str) -> list[Outcome]:
-        """The comparisons of a part, whether or not their runs are there."""
+        """The comparisons of a part, whether or not their runs are there; those on text, which run last, included."""
         if name not in self._parts:
-            self._parts[name] = [self._outcome(comparison) for comparison in comparisons([name], self._planned)]
+            found = [*comparisons([name], self._planned)]
+            found += [c for c in comparisons(["texts"], self._planned) if _section_of(c) == name]
+            self._parts[name] = [self._outcome(comparison) for comparison in found]
         return self._parts[name]
 
     def _outcome(self, comparison: Comparison) -> Outcome:
@@ -178,13 +188,20 @@ class Results:
 
     def progress(self) -> list[tuple[str, int, int]]:
         """Of every part that has any: its comparisons that have all their seeds, and all that it has."""
-        names = [self.main, *(part for part in PARTS if part != self.main)] if self.main == "core" else [self.main]
+        names = [part for part in PARTS if part != "texts"] if self.main == "core" else [self.main]
         found = []
         for name in names:
             outcomes = self.part(name)
             whole = sum(len(outcome.finals) == len(outcome.comparison.seeds) for outcome in outcomes)
             found.append((name, whole, len(outcomes)))
         return found
+
+
+def _section_of(comparison: Comparison) -> str:
+    """The part that a comparison on text belongs to by what it is of."""
+    if comparison.share not in (None, SHARE):
+        return "budgets"
+    return "networks" if comparison.method in MAIN_METHODS else "methods"
 
 
 def _known() -> dict[str, Task]:

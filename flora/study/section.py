@@ -46,6 +46,18 @@ def shown(name: str, caption: str) -> str:
     return f"![{caption}](study-{name}.svg)"
 
 
+def unwrapped(text: str) -> str:
+    """Markdown with each paragraph and each item of a list on one line, as the other pages have them."""
+    lines: list[str] = []
+    for line in text.strip().splitlines():
+        begins = not lines or not lines[-1] or not line or line.startswith(("- ", "|", "#", "!"))
+        if begins or lines[-1].startswith(("|", "#", "!")):
+            lines.append(line)
+        else:
+            lines[-1] += " " + line.strip()
+    return "\n".join(lines)
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in markdown; its first column starts at the left, the others end at the right."""
     lines = [head, ["---", *("---:" for _ in head[1:])], *rows]

@@ -53,7 +53,7 @@ def over_groups(groups: Sequence[Sequence[float]]) -> Estimate:
 
 def quantile(freedom: float) -> float:
     """How many standard errors the interval reaches to either side, by Student's t."""
-    return float(require("scipy.stats", extra="study").t.ppf((1 + LEVEL) / 2, freedom))
+    return float(require("scipy.special", extra="study").stdtrit(freedom, (1 + LEVEL) / 2))
 
 
 def spread(values: Sequence[float]) -> float | None:
