@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -138,17 +139,20 @@ class BestRanks(OfConfig):
     truncated to it holds of the target."""
 
     def sizes(self, target: Tensor, parameters: int) -> list[Size]:
-        counts, held = (found.flatten() for found in (tucker_parameters(target.shape), held_by_ranks(target)))
-        hull = _rising_hull(counts, held)
-        number = [int(counts[place]) for place in hull]
+        settings, counts = _best_ranks(target)
         return [
-            Size(replace(self.config, rank=self._ranks(hull[i], target.shape)), number[i], copies)  # type: ignore[call-arg]
-            for i, copies in shared(number, parameters)
+            Size(replace(self.config, rank=settings[i]), counts[i], copies)  # type: ignore[call-arg]
+            for i, copies in shared(counts, parameters)
         ]
 
-    @staticmethod
-    def _ranks(place: int, shape: Sequence[int]) -> tuple[int, ...]:
-        return tuple(int(index) + 1 for index in torch.unravel_index(torch.tensor(place), tuple(shape)))
+
+@lru_cache(maxsize=1)  # one target is asked about at every budget
+def _best_ranks(target: Tensor) -> tuple[list[tuple[int, ...]], list[int]]:
+    """The multilinear ranks, and their numbers of parameters, between which layers are shared out."""
+    counts, held = (found.flatten() for found in (tucker_parameters(target.shape), held_by_ranks(target)))
+    hull = _rising_hull(counts, held)
+    places = [torch.unravel_index(torch.tensor(place), target.shape) for place in hull]
+    return [tuple(int(index) + 1 for index in place) for place in places], [int(counts[place]) for place in hull]
 
 
 def tucker_parameters(shape: Sequence[int]) -> Tensor:
@@ -347,12 +351,11 @@ class LoHa(Approximation):
         shapes = [(rows, setting), (setting, columns)] * 2
         parts = [torch.zeros(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
         u, s, v = _svd(matrix)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            ones = [torch.randn(shape, dtype=torch.float64).mul_(_NEARLY) for shape in shapes[2:]]
-            ones[0][:, 0] = ones[1][0] = 1  # times the truncated SVD: no worse than LoRA of this rank
-            start = [u[:, :setting] * s[:setting], v[:, :setting].mT, *ones]
-            optimise(parts, lambda: loha(*parts), matrix, [start, None], _LOHA_STEPS)
+        draw = torch.Generator().manual_seed(seed)
+        ones = [torch.randn(shape, dtype=torch.float64, generator=draw).mul_(_NEARLY) for shape in shapes[2:]]
+        ones[0][:, 0] = ones[1][0] = 1  # times the truncated SVD: no worse than LoRA of this rank
+        start = [u[:, :setting] * s[:setting], v[:, :setting].mT, *ones]
+        optimise(parts, lambda: loha(*parts), matrix, [start], _LOHA_STEPS)
         return Fit((loha(*parts).detach().view_as(target),), OPTIMISED)
 
     def label(self, setting: int) -> str:

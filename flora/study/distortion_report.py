@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from flora.config import TuckerConfig
 from flora.study.figures import legend, panels
 from flora.study.plan import SHARE
 from flora.study.records import Record
@@ -153,9 +154,9 @@ def headline(records: Iterable[Record]) -> str | None:
     if group is None or (estimate := group.ratio("flora", "lora")) is None:
         return None
     return (
-        f"Structural distortion, the error of the best fit to {number(len(group.targets), 'update')} of full kernels, "
-        f"parameters: {_percent(group.share)} of their entries: {_compared('FLoRA', 'LoRA', estimate)}. The paper's "
-        f"summary names {PAPER} % less."
+        f"Structural distortion, the error of the best fit to {number(len(group.targets), 'update')} of full kernels "
+        f"with {_percent(group.share)} of their entries as parameters: {_compared('FLoRA', 'LoRA', estimate)}. The "
+        f"paper's summary names {PAPER} % less."
     )
 
 
@@ -253,10 +254,14 @@ def _against_the_paper(group: Group | None) -> str:
         return ""
     low, high = _change(ratio.low), _change(ratio.high)
     if low <= -PAPER <= high:
-        return f"The paper's {PAPER} % less than LoRA lies within the interval of full kernels.\n"
-    if low > -PAPER:
-        return f"That is less of a gain than the paper's {PAPER} %, if it means the same.\n"
-    return f"That is more of a gain than the paper's {PAPER} %, if it means the same.\n"
+        how = "the interval holds the paper's figure"
+    elif ratio.sign < 0:
+        how = f"that is {'less' if low > -PAPER else 'more'} of a gain than the paper's"
+    else:
+        how = "no gain is seen" if ratio.sign == 0 else "it is a loss and no gain"
+    return (
+        f"The paper's {PAPER} % less than LoRA are of convolutions, if they are of the same: on full kernels {how}.\n"
+    )
 
 
 def _ranks(group: Group | None) -> str:
@@ -265,18 +270,17 @@ def _ranks(group: Group | None) -> str:
         return ""
     found = []
     for target in group.targets:
-        point = target.point("flora-ranks", group.share)
+        point, kernel = target.point("flora-ranks", group.share), target.about["shape"][2:]
         if point is not None:
             setting = max(point["sizes"], key=lambda size: int(size[2]))[0]
-            ranks = [int(rank) for rank in setting.removeprefix("rank ").split("×")]
-            found.append(sum(rank == extent for rank, extent in zip(ranks[2:], target.about["shape"][2:], strict=True)))
+            ranks = [int(rank) for rank in setting.removeprefix("rank ").split("×")][2:]
+            found.append(ranks == kernel)
     if not found:
         return ""
-    whole, none = sum(n == 2 for n in found), sum(n == 0 for n in found)
     return (
-        f"\nWith a rank for each mode that was chosen for the target, {whole} of the {len(found)} best approximations "
-        f"of full kernels have both kernel modes whole, {len(found) - whole - none} one of them, and {none} none; "
-        "FLoRA's default cuts both to 2."
+        f"\nWith a rank for each mode that was chosen for the target, {sum(found)} of the {len(found)} approximations "
+        "of full kernels keep the kernel's modes whole, and the others pay for more channel ranks by cutting one or "
+        f"both; FLoRA's default cuts both to {TuckerConfig().kernel_rank}."
     )
 
 
