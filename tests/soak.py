@@ -300,13 +300,16 @@ class Episode:
         self.twin.adapters, self.twin.active, self.twin.learning = {}, {}, set()
         self.model = self.network.base()
 
-    def run(self, operations: int = OPERATIONS) -> None:
-        """Raises MismatchError, with how to run it again, whatever went wrong."""
+    def run(self, operations: int = OPERATIONS, until: float = math.inf) -> None:
+        """Raises MismatchError, with how to run it again, whatever went wrong.
+
+        ``until``: on the monotonic clock.
+        """
         torch.manual_seed(self.seed)
         try:
             with tempfile.TemporaryDirectory() as folder:
                 self.folder = Path(folder)
-                for _ in range(operations):
+                while self.counts["outputs compared"] < operations and time.monotonic() < until:
                     self.step()
         except Exception as error:
             again = f"python tests/soak.py --seed {self.seed} --episodes 1 --network {self.name}"
@@ -647,7 +650,7 @@ def main(arguments: list[str]) -> int:
         for name in [options.network] if options.network else NETWORKS:
             episode = Episode(name, seed)
             try:
-                episode.run()
+                episode.run(until=end if options.episodes is None else math.inf)
             except MismatchError as error:
                 print(error)
                 return 1
