@@ -35,8 +35,9 @@ distributed: $(BUILT)  ## several processes: DistributedDataParallel, fully_shar
 peft-suite: $(BUILT)  ## PEFT's own tests, from its source distribution, with FLoRA as the method
 	$(BIN)/python tests/peft_suite $(ARGS)
 
-soak: $(BUILT)  ## one process through a thousand adapters, which it must not remember
-	$(BIN)/python -m pytest -m slow tests/test_soak.py $(ARGS)
+soak: $(BUILT)  ## twenty minutes of adapters at random beside plain twins, then a thousand that must not be remembered
+	$(BIN)/python tests/soak.py $(ARGS)
+	$(BIN)/python -m pytest -m slow tests/test_soak.py
 
 crash-saves: $(BUILT)  ## saves that are killed, that find the disk full, that run at once; as root also on a disk of its own
 	$(BIN)/python tests/crash_saves.py $(ARGS)

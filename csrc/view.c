@@ -673,8 +673,15 @@ int flora_mark_written(flora_boundary *boundary, const flora_loan *loans, int co
             PyTuple_SetItem(written, at++, object);
         }
     }
-    PyObject *result = PyObject_CallFunctionObjArgs(boundary->increment_version, written, NULL);
+    PyObject *result = PyObject_CallFunctionObjArgs(boundary->increment_version, written, NULL), *again = NULL;
+    if (result == NULL) { /* it is Python code, in which a signal may be answered: before it has marked anything */
+        PyObject *type, *value, *traceback;
+        PyErr_Fetch(&type, &value, &traceback);
+        again = PyObject_CallFunctionObjArgs(boundary->increment_version, written, NULL);
+        PyErr_Restore(type, value, traceback);
+    }
     Py_DECREF(written);
+    Py_XDECREF(again);
     Py_XDECREF(result);
     return result != NULL ? 0 : -1;
 }

@@ -205,6 +205,18 @@ def test_parametrised_weight_norm(hooked):
     assert all(torch.equal(v, state[k]) for k, v in base.state_dict().items())
     with pytest.raises(RuntimeError, match="parametrised"):
         layer.merge()
+    assert layer.unload(merge=False) is base and not base.parametrizations.weight._forward_hooks
+
+
+def test_a_copy_is_one_of_the_deltas_too_where_the_base_copies_itself():
+    """As a parametrised module does, whose method a copy would find by its name."""
+    layer, x = wrapped(nn.utils.parametrizations.weight_norm(nn.Linear(5, 7))), torch.randn(3, 5)
+    copied = copy.deepcopy(layer)
+    assert isinstance(copied, flora.AdaptedLayer) and copied.base_layer is not layer.base_layer
+    assert torch.equal(copied(x), layer(x))
+    model = nn.Sequential(nn.Linear(5, 5), nn.utils.parametrizations.weight_norm(nn.Linear(5, 7)))
+    flora.adapt(model, flora.TuckerConfig(rank=2, modules_to_save=["1"]))
+    assert type(copy.deepcopy(model)[1]) is type(model[1])
 
 
 def test_old_weight_norm_hook():

@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from test_kernels import NAMES, same_bits
-from test_threads import cases, network, run, step
-from torch import Tensor
+from test_threads import cases, network_of, run, step
+from torch import Tensor, nn
 
-import flora
 from flora import _core
 
 HERE = Path(__file__).parent
@@ -26,7 +25,7 @@ LIMIT = 300  # seconds
 SLOW = pytest.mark.slow
 
 PRELUDE = """
-import atexit, os, random, signal, sys, threading, time
+import atexit, os, random, signal, sys, threading, time, traceback
 import torch
 import flora
 from flora import _core
@@ -55,7 +54,7 @@ FORK = """
 forks = int(sys.argv[1])
 every = list(cases())
 torch.set_num_threads(1)
-serial = [run(case) for case in every]
+serial = [{name: tensor.numpy().tobytes() for name, tensor in run(case).items()} for case in every]
 torch.set_num_threads(2)
 for case in every:
     run(case)  # on the pool, whose threads no child has
@@ -69,15 +68,15 @@ def work(seed):
 def check():
     assert _core.info()["pool"] == "serial"
     for case, expected in zip(every, serial, strict=True):
-        found = run(case)
-        assert all(same_bits(found[name], expected[name]) for name in found), case.function
+        found = case.call(_core, lambda tensor: tensor)  # PyTorch's own operations would wait for its pool
+        assert all(tensor.numpy().tobytes() == expected[name] for name, tensor in found.items()), case.function
 
 def child():
+    grandchild = os.fork()
     check()
-    if os.fork() == 0:
-        check()
-        os._exit(0)
-    os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
+    if grandchild != 0:
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+    os._exit(0)
 
 threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
 for thread in threads:
@@ -97,7 +96,7 @@ assert _core.info()["pool"] == "torch"
 """
 
 
-@pytest.mark.parametrize("forks", [2, pytest.param(100, marks=SLOW)])
+@pytest.mark.parametrize("forks", [2, pytest.param(50, marks=SLOW)])
 def test_a_fork_of_a_process_whose_threads_are_in_calls(forks):
     """A child computes by itself what one thread computes; so does its own child."""
     python(PRELUDE + FORK, forks)
@@ -107,7 +106,8 @@ class Adapted(torch.utils.data.Dataset):
     """Samples that went through an adapted model in a worker, with a backward there."""
 
     def __init__(self):
-        self.model = network(flora.TuckerConfig(rank=2))
+        layers = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(128, 5)
+        self.model = network_of(nn.Sequential(*layers))
 
     def __len__(self):
         return 4
@@ -132,7 +132,7 @@ def test_workers_of_a_data_loader(method):
 # The end ------------------------------------------------------------------------------------------------------------
 
 AT_THE_END = """
-import builtins, weakref
+import builtins, numpy, weakref
 x = torch.randn(2, 3, 8, 8)
 model = network(CONFIGS["tucker"])
 y = model(x.requires_grad_())  # with its graph
@@ -154,9 +154,9 @@ class Last:
 
 class Unseen:  # by the collector of cycles
     __slots__ = ()
-    def __del__(self, run=run, case=case):
-        run(case)
-        os.write(1, b"unseen ")
+    def __del__(self, call=_core.tucker_reconstruct, out=numpy.zeros(64), ones=numpy.ones(64), write=os.write):
+        call(out, None, ones, [None], 2.0)
+        write(1, b"unseen ")
 
 last, unseen = Last(), Unseen()
 builtins.unseen = Unseen()
@@ -199,7 +199,7 @@ time.sleep(random.random() * 0.01)
 """
 
 
-@pytest.mark.parametrize("ends", [2, pytest.param(50, marks=SLOW)])
+@pytest.mark.parametrize("ends", [1, pytest.param(20, marks=SLOW)])
 def test_daemon_threads_in_calls_at_the_end_of_the_interpreter(ends):
     for _ in range(ends):
         python(PRELUDE + DAEMONS)
@@ -208,9 +208,8 @@ def test_daemon_threads_in_calls_at_the_end_of_the_interpreter(ends):
 # Signals ------------------------------------------------------------------------------------------------------------
 
 INTERRUPTED = """
-case = next(case for case in cases() if case.function == "tucker_linear_backward")
-expected = run(case)
 torch.set_num_threads(1)
+long = torch.zeros(16384, 1024), None, torch.ones(16384, 1024), *(torch.ones(1024, 32) for _ in range(3))
 model = flora.adapt(torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(6))), flora.TuckerConfig(rank=8))
 with torch.no_grad():
     for parameter in flora.trainable_parameters(model):
@@ -218,11 +217,11 @@ with torch.no_grad():
 x = torch.randn(64, 512)
 base = [layer.base_layer.weight.clone() for layer in model]
 before = step(model, x)
-go = threading.Semaphore(0)
+go = threading.Lock()
 
 def interrupt():
     while True:
-        go.acquire()
+        go.acquire()  # a lock, which a release gives away at once
         os.kill(os.getpid(), signal.SIGINT)
 
 def interrupted(call, most=500):
@@ -239,10 +238,7 @@ def interrupted(call, most=500):
             if returned:  # the call was over before the other thread had got anywhere
                 undo()
                 continue
-            trace = error.__traceback__
-            while trace.tb_next is not None:
-                trace = trace.tb_next
-            return trace.tb_frame.f_code.co_filename, trace.tb_frame.f_code.co_name
+            return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
     raise AssertionError("never during the call")
 
 def undo():
@@ -250,17 +246,22 @@ def undo():
         flora.unmerge(model)
 
 def kernel():
-    global found
-    found = case.call(_core, lambda tensor: tensor)  # not copies, whose making could be interrupted, too
+    y, h, x, u_in, _, u_out = long
+    _core.tucker_linear_forward(y, h, x, u_in, None, u_out, 1.0)
 
 def check():
     assert not any(layer.merged for layer in model)
     assert all(torch.equal(layer.base_layer.weight, weight) for layer, weight in zip(model, base))
     assert all(same_bits(*pair) for pair in zip(step(model, x), before))
 
+go.acquire()
 threading.Thread(target=interrupt, daemon=True).start()
 with switching(1000):
-    print(*interrupted(kernel))
+    for _ in range(5):
+        version = long[0]._version
+        assert "kernel" in interrupted(kernel)
+        assert long[0]._version > version
+    assert long[0].min() == long[0].max() > 0  # written as a whole
     for call in (lambda: step(model, x), lambda: flora.merge(model)):
         interrupted(call)
         check()
@@ -268,17 +269,16 @@ with switching(1000):
 
 
 def test_a_keyboard_interrupt_during_a_call_is_raised_when_it_returns():
-    """In a layer's forward or backward, and in the middle of a merge, which is undone."""
-    told = python(PRELUDE + INTERRUPTED).split()
-    assert told[-1] == "call" and told[0].endswith("test_kernels.py"), told
+    """What it has written counts as written. In the middle of a merge, which is undone."""
+    python(PRELUDE + INTERRUPTED)
 
 
 # Other libraries ----------------------------------------------------------------------------------------------------
 
 LIBRARIES = ("numpy", "torch", "sklearn.cluster", "flora")
-USUAL = (("flora", "sklearn.cluster", "torch", "numpy"), ("sklearn.cluster", "torch", "numpy", "flora"))
+USUAL = ("sklearn.cluster", "torch", "numpy", "flora")
 ORDERS = [
-    pytest.param(order, marks=[] if order in USUAL else SLOW, id="-".join(order))
+    pytest.param(order, marks=[] if order == USUAL else SLOW, id="-".join(order))
     for order in itertools.permutations(LIBRARIES)
 ]
 

@@ -1,4 +1,6 @@
-"""One process for long: adapters come, learn, are merged, saved, loaded and go, and it does not grow, nor its files."""
+"""One process for long: adapters come, learn, are merged, saved, loaded and go; it computes what plain twins do, and
+neither it nor its files grow.
+"""
 
 import gc
 import resource
@@ -6,10 +8,12 @@ import subprocess
 import sys
 
 import pytest
+import soak
 import torch
 from torch import nn
 
 import flora
+from flora.model import adapted_layers
 
 
 def life(base: nn.Module, folder: str, seed: int) -> None:
@@ -45,7 +49,7 @@ def held() -> tuple[int, float]:
     return tensors, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def soak(lives: int, folder: str) -> None:
+def live(lives: int, folder: str) -> None:
     torch.manual_seed(0)
     base = nn.Sequential(
         nn.Conv2d(8, 16, 3, padding=1), nn.GELU(), nn.Conv2d(16, 16, 3, groups=16), nn.Flatten(2), nn.Linear(100, 512)
@@ -68,5 +72,70 @@ def test_many_adapters_one_after_another(lives, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def running(name: str, seed: int = 0) -> soak.Episode:
+    """An episode after some operations, not merged, with an active adapter that learns."""
+    episode = soak.Episode(name, seed)
+    episode.run(10)
+    if episode.merged:
+        flora.unmerge(episode.model)
+        episode.merged = False
+    first = next(iter(episode.twin.adapters), None) or (episode.add() and next(iter(episode.twin.adapters)))
+    flora.set_adapter(episode.model, first)
+    episode.twin.active, episode.twin.learning = {first: 1.0}, {first}
+    episode.check()
+    return episode
+
+
+@pytest.mark.parametrize("name", soak.NETWORKS)
+def test_adapters_at_random_beside_a_twin(name, torch_threads):
+    """A short form of `make soak`."""
+    episode = soak.Episode(name, seed=0)
+    episode.run(25)
+    assert episode.counts["outputs compared"] == 25
+
+
+@pytest.mark.parametrize("name", soak.NETWORKS)
+def test_what_is_wrong_is_found(name, torch_threads):
+    """An output without an adapter, a tensor that is another, a strength, a base, a gradient."""
+    episode = running(name)
+    layers = [layer for layer in adapted_layers(episode.model).values() if layer.active]
+    delta = layers[0].deltas[layers[0].active[0]]
+    with pytest.raises(soak.MismatchError, match="scale and strength"):
+        delta.strength = 1.01
+        episode.check()
+    delta.strength = 1.0
+    with pytest.raises(soak.MismatchError, match="tensors have changed"), torch.no_grad():
+        kept = next(delta.parameters()).clone()
+        next(delta.parameters()).view(-1)[0] += 1e-6
+        episode.check()
+    with torch.no_grad():
+        next(delta.parameters()).copy_(kept)
+    episode.check()
+    with pytest.raises(soak.MismatchError, match=r"^the output is"):
+        for layer in layers:
+            layer.enabled = False
+        episode.check()
+    for layer in layers:
+        layer.enabled = True
+    with pytest.raises(soak.MismatchError, match="of the gradient|the gradient of"):
+        episode.twin.learning = set(episode.twin.adapters)
+        for parameter in flora.trainable_parameters(episode.model):
+            parameter.register_hook(lambda grad: 1.5 * grad)
+        episode.train()
+    with pytest.raises(soak.MismatchError, match="the base's .* has changed"), torch.no_grad():
+        layers[0].base_layer.weight.view(-1)[0] += 0.5
+        episode.check()
+
+
+def test_a_mismatch_says_how_to_see_it_again(monkeypatch, torch_threads):
+    monkeypatch.setattr(flora, "unmerge", lambda model: None)
+    with pytest.raises(soak.MismatchError) as raised:
+        for seed in range(20):
+            soak.Episode("convolutions", seed).run()
+    told = str(raised.value).splitlines()
+    assert f"again: python tests/soak.py --seed {seed} --episodes 1 --network convolutions" in told
+    assert told[-1].endswith(": unmerge")
+
+
 if __name__ == "__main__":
-    soak(int(sys.argv[1]), sys.argv[2])
+    live(int(sys.argv[1]), sys.argv[2])
