@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc -name '*.[ch]') setup.py pyproject.toml
 SANITIZED_TESTS := $(wildcard $(addprefix tests/test_,kernels.py boundary.py functional.py golden.py layers.py))
 
 .DEFAULT_GOAL := build
-.PHONY: build test test-slow zoo distributed peft-suite soak lint format docs demo bench sanitize clean
+.PHONY: build test test-slow zoo distributed peft-suite soak fuzz leaks lint format docs demo bench sanitize clean
 
 build: $(BUILT)  ## the extension, in place, with warnings as errors
 
@@ -34,6 +34,13 @@ peft-suite: $(BUILT)  ## PEFT's own tests, from its source distribution, with FL
 
 soak: $(BUILT)  ## one process through a thousand adapters, which it must not remember
 	$(BIN)/python -m pytest -m slow tests/test_soak.py $(ARGS)
+
+fuzz: $(BUILT)  ## forged arrays and spoilt adapter files; half an hour. ARGS="--seed 7" for other ones
+	$(BIN)/python tests/fuzz --cases 200000 $(ARGS)
+	$(BIN)/python tests/fuzz --what files --cases 20000 $(ARGS)
+
+leaks: $(BUILT)  ## every C function, 100,000 calls of every kind that succeeds or is refused; half an hour
+	for script in tests/leaks/*.py; do $(BIN)/python $$script --calls 100000 || exit; done
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
