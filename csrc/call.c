@@ -128,7 +128,10 @@ int parse_ints(const call *c, PyObject *object, const char *name, int max, int64
 int parse_double(const call *c, PyObject *object, const char *name, double *value) {
     *value = PyFloat_AsDouble(object);
     if (*value == -1.0 && PyErr_Occurred()) {
-        if (PyErr_ExceptionMatches(PyExc_TypeError)) {
+        if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
+            PyErr_Clear();
+            PyErr_Format(PyExc_ValueError, "%s: %s %R is too large", c->function, name, object);
+        } else if (PyErr_ExceptionMatches(PyExc_TypeError)) {
             PyErr_Clear();
             PyErr_Format(PyExc_TypeError, "%s: %s must be a float, not %R", c->function, name, object);
         }

@@ -587,9 +587,13 @@ static int take_rows(flora_loan *loan) {
     flora_view *view = &loan->view;
     const int last = view->ndim - 1;
     int64_t rows = 1, stride = 0;
+    int empty = 0;
+    for (int i = 0; i <= last; i++) {
+        empty |= view->shape[i] == 0;
+    }
     for (int i = 0; i < last; i++) {
         const int64_t extent = view->shape[i];
-        if (rows > 1 && extent > 1 && stride != extent * view->strides[i]) {
+        if (!empty && rows > 1 && extent > 1 && stride != extent * view->strides[i]) {
             return refuse(PyExc_ValueError, &loan->who, "has leading dimensions that are no rows of one stride");
         }
         stride = extent > 1 ? view->strides[i] : stride;

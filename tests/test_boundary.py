@@ -10,9 +10,11 @@ import sys
 import threading
 from pathlib import Path
 
+import dlpack
 import numpy as np
 import pytest
 import torch
+from dlpack import capsule
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -272,73 +274,12 @@ def test_none_where_an_array_is_needed():
 # DLPack by hand ------------------------------------------------------------------------------------------------------
 
 
-class DLTensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
+class Producer(dlpack.Producer):
+    """An array of four floats whose capsule may lie about anything."""
 
-
-DELETER = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)  # does not take the GIL: a call without it would crash
-
-
-class Plain(ctypes.Structure):
-    _fields_ = (("dl_tensor", DLTensor), ("manager_ctx", ctypes.c_void_p), ("deleter", DELETER))
-
-
-class Versioned(ctypes.Structure):
-    _fields_ = (
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("manager_ctx", ctypes.c_void_p),
-        ("deleter", DELETER),
-        ("flags", ctypes.c_uint64),
-        ("dl_tensor", DLTensor),
-    )
-
-
-def capsule(pointer, name):
-    new = ctypes.pythonapi.PyCapsule_New
-    new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-    return new(pointer, name, None)
-
-
-class Producer:
-    """An array of four floats whose capsule may lie about anything; counts the calls of its deleter."""
-
-    def __init__(self, *, plain=False, name=None, version=(1, 1), flags=0, deleter=True, **fields):
+    def __init__(self, *, shape=(4,), strides=(1,), **fields):
         self.memory = (ctypes.c_float * 8)(*[GUARD] * 8)
-        self.shape = (ctypes.c_int64 * 9)(*fields.pop("shape", (4,)))
-        self.strides = (ctypes.c_int64 * 9)(*fields.pop("strides", (1,)))
-        self.deleted, self.plain = 0, plain
-        self.managed = Plain() if plain else Versioned()
-        self.managed.deleter = DELETER(self.delete) if deleter else DELETER()
-        if not plain:
-            self.managed.major, self.managed.minor = version
-            self.managed.flags = flags
-        values = {"data": ctypes.addressof(self.memory), "device_type": 1, "ndim": 1, "code": 2, "bits": 32, "lanes": 1}
-        values |= {"shape": self.shape, "strides": self.strides}
-        for field, value in (values | fields).items():
-            setattr(self.managed.dl_tensor, field, value)
-        self.name = name or (b"dltensor" if plain else b"dltensor_versioned")
-
-    def delete(self, _):
-        self.deleted += 1
-
-    def __dlpack__(self, **keywords):
-        if self.plain and keywords:
-            raise TypeError("an old producer takes no max_version")
-        assert self.plain or keywords == {"max_version": (1, 0)}
-        self.capsule = capsule(ctypes.addressof(self.managed), self.name)
-        return self.capsule
+        super().__init__(shape, strides, **({"data": ctypes.addressof(self.memory)} | fields))
 
     def refused(self, error, match, deleted=1):
         refused(error, match, out=self)
@@ -358,8 +299,7 @@ def test_capsules(plain):
 
 
 def test_capsule_without_strides_is_contiguous():
-    out = Producer(shape=(2, 2), ndim=2, strides=())
-    out.managed.dl_tensor.strides = None
+    out = Producer(shape=(2, 2), strides=None)
     _core.tucker_reconstruct(out, None, CORE.view(2, 2), [None, None], 2.0)
     assert list(out.memory) == [2, 4, 6, 8, GUARD, GUARD, GUARD, GUARD]
 
@@ -519,39 +459,9 @@ def test_a_list_that_changes_during_the_call():
 
 # The exchange API of another framework -------------------------------------------------------------------------------
 
-FROM_OBJECT = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(ctypes.c_void_p))
-VIEW_OBJECT = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(DLTensor))
 
-
-class ExchangeAPI(ctypes.Structure):
-    _fields_ = (
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("previous", ctypes.c_void_p),
-        ("allocate", ctypes.c_void_p),
-        ("from_object", FROM_OBJECT),
-        ("to_object", ctypes.c_void_p),
-        ("view_object", VIEW_OBJECT),
-        ("stream", ctypes.c_void_p),
-    )
-
-
-def framework(major=1, previous=None, result=0):
-    """A class with an exchange API of its own, and how often that was asked for."""
-    calls = []
-
-    def from_object(instance, out):
-        calls.append(instance)
-        if result == 0:
-            out[0] = ctypes.addressof(instance.managed)
-        return result
-
-    api = ExchangeAPI(major, 3, previous and ctypes.addressof(previous), from_object=FROM_OBJECT(from_object))
-    cls = type(
-        "Array", (Producer,), {"__dlpack_c_exchange_api__": capsule(ctypes.addressof(api), b"dlpack_exchange_api")}
-    )
-    cls.api, cls.calls = api, calls
-    return cls
+def framework(**arguments):
+    return dlpack.framework(Producer, **arguments)
 
 
 def test_exchange_api_of_another_framework():

@@ -146,9 +146,15 @@ def carried_out(
 
 
 def _quiet_worker() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:  # a pool's process does not notice by itself that there is no one left to work for
-        threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def _end_with_parent() -> None:
+    """A pool's process does not notice by itself that there is no one left to work for."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

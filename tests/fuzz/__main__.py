@@ -1,0 +1,99 @@
+"""Calls of every C function with arguments that are wrong in every way, and adapter files that are.
+
+    python tests/fuzz --cases 200000 --seed 1
+
+A case follows from the seed and its number alone. The cases run in a process of their own: when that dies or hangs, the
+case that it was at is reported with the command that runs it alone, and another process goes on behind it. Prints how
+many cases of each kind came to which end; the exit status is 1 if any came to a bad one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PATIENCE = 120
+"""Seconds that one case may take."""
+
+FOLDER = Path(__file__).parent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="tests/fuzz", description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="the number of the first case")
+    parser.add_argument("--what", choices=("calls", "files"), default="calls")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        from serve import serve
+
+        serve(options.what, options.seed, options.first, options.cases)
+        return 0
+    return campaign(options)
+
+
+def campaign(options: argparse.Namespace) -> int:
+    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    start, at, end = time.monotonic(), options.first, options.first + options.cases
+    while at < end:
+        at = child(options, at, end, counts)
+    outcomes = sorted({outcome for counter in counts.values() for outcome in counter})
+    print(f"{'kind':44}", *(f"{outcome:>12}" for outcome in outcomes))
+    for kind in sorted(counts):
+        print(f"{kind:44}", *(f"{counts[kind][outcome] or '':>12}" for outcome in outcomes))
+    total = sum(counts.values(), collections.Counter())
+    print(f"{'all':44}", *(f"{total[outcome]:>12}" for outcome in outcomes))
+    bad = sum(total[outcome] for outcome in ("FAILED", "DIED", "HUNG"))
+    print(f"{total.total()} cases of {len(counts)} kinds in {time.monotonic() - start:.0f} s, {bad} bad ones")
+    return bad > 0
+
+
+def child(options: argparse.Namespace, at: int, end: int, counts: dict[str, collections.Counter[str]]) -> int:
+    """Runs cases in a process until it ends; gives the number of the next case."""
+    command = [sys.executable, "-X", "faulthandler", str(FOLDER), "--serve", "--what", options.what]
+    command += ["--seed", str(options.seed), "--first", str(at), "--cases", str(end - at)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    rest, hung = b"", False
+    while True:
+        ready, _, _ = select.select([process.stdout], [], [], PATIENCE)
+        hung = not ready
+        if hung:
+            process.kill()
+            break
+        data = os.read(process.stdout.fileno(), 1 << 16)
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            number, kind, outcome, *words = line.decode().split("\t")
+            counts[kind][outcome] += 1
+            at = int(number) + 1
+            if words:
+                report(options, int(number), f"{kind}: {words[0]}")
+        if not data:
+            break
+    status = process.wait()
+    if status == 0 and at == end:
+        return end
+    if status == 1:
+        sys.exit(f"the fuzzer itself failed at case {at}")
+    outcome = "HUNG" if hung else "DIED"
+    counts["unknown"][outcome] += 1
+    report(options, at, f"{outcome}, exit status {process.returncode}")
+    return at + 1
+
+
+def report(options: argparse.Namespace, number: int, text: str) -> None:
+    alone = f"python tests/fuzz --what {options.what} --seed {options.seed} --first {number} --cases 1"
+    print(f"{text}\n  {alone}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
