@@ -48,8 +48,8 @@ class Outcome:
     @property
     def train_loss(self) -> float | None:
         """The mean of the final runs' losses of their last steps; None if one is missing."""
-        losses = [run.get("train_loss") for run in self.finals]
-        return sum(losses) / len(losses) if losses and None not in losses else None
+        losses = [float(run["train_loss"]) for run in self.finals if run["train_loss"] is not None]
+        return sum(losses) / len(losses) if losses and len(losses) == len(self.finals) else None
 
     @property
     def parameters(self) -> int | None:
