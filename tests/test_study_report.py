@@ -226,6 +226,7 @@ def test_a_win_a_loss_and_a_draw_read_as_such(gain, sentence):
     lines = study(["core"], gains=lambda run: (run.method == "flora") * gain * (1 + 0.1 * (run.seed - 2)))
     assert f"**{sentence}" in text_of(lines)
     assert f"- {sentence}" in report.readme_figures(lines)
+    assert f"{'below' if gain == 2.0 else 'above'} this interval." in text_of(lines)
 
 
 def test_a_win_on_a_few_tasks_is_not_taken_for_one_on_all():
