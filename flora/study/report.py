@@ -177,18 +177,15 @@ def _paired(results: Results) -> Section | None:
             contrasts[f"FLoRA − {TITLES[other]}"] = found
     if not contrasts:
         return None
-    rows = []
-    for name, contrast in contrasts.items():
-        cells = [estimated(contrast.on(task)) if task in contrast.differences else _NONE for task in (*tasks, *more)]
-        several = len(contrast.differences) > 1
-        rows.append(
-            [
-                name,
-                *cells,
-                estimated(contrast.here) if several else _NONE,
-                estimated(contrast.beyond) if several else _NONE,
-            ]
-        )
+    rows = [
+        [task, *(estimated(c.on(task)) if task in c.differences else _NONE for c in contrasts.values())]
+        for task in (*tasks, *more)
+    ]
+    several = [len(contrast.differences) > 1 for contrast in contrasts.values()]
+    if any(several):
+        pairs = list(zip(contrasts.values(), several, strict=True))
+        rows.append(["*these tasks*", *(estimated(c.here) if enough else _NONE for c, enough in pairs)])
+        rows.append(["*tasks like these*", *(estimated(c.beyond) if enough else _NONE for c, enough in pairs)])
     text = f"""## FLoRA beside the others, paired
 
 Differences of test accuracy in points, each between two runs of the same seed, which gives both the same examples in
@@ -197,7 +194,7 @@ t interval over its seeds. That of *these tasks* holds the tasks as they are and
 the tasks' means add up, Welch's degrees of freedom). That of *tasks like these* is a t interval over the means of the
 tasks, as if they were drawn from many: with so few it is wide, and it is the one that speaks of a task of your own.
 
-{table(["", *tasks, *more, "these tasks", "tasks like these"], rows)}
+{table(["", *contrasts], rows)}
 
 {shown("differences", "Differences of accuracy with their intervals")}
 
