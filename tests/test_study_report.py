@@ -186,6 +186,7 @@ def test_differences_are_paired_by_task_and_seed(whole, written):
         for t in ("digits", "animals", "trec")
     ]
     assert f"**{verdict('FLoRA', 'LoRA', over_groups(groups))} over three tasks**" in text
+    assert "With three seeds a task's interval reaches 4.3 standard errors" in text
 
 
 def test_settings_are_compared_with_what_they_differ_from(whole, written):

@@ -36,7 +36,11 @@ def _against(results: Results, other: str) -> list[str]:
     if found is None:
         return []
     title = TITLES[other]
-    where = f" over {number(len(found.differences), 'task')}" if len(found.differences) > 1 else f" on {tasks[0]}"
+    where = (
+        f" over {number(len(found.differences), 'task')}"
+        if len(found.differences) > 1
+        else f" on {next(iter(found.differences))}"
+    )
     said = [f"**{verdict('FLoRA', title, found.here)}{where}**, at the same number of parameters{_by_task(found)}."]
     if found.here.sign and len(found.differences) > 1 and found.beyond.sign != found.here.sign:
         said[0] += (

@@ -15,7 +15,7 @@ from flora.study.reading import reading
 from flora.study.records import Record
 from flora.study.results import KNOWN, Contrast, Outcome, Results
 from flora.study.section import Section, shown, table, unwrapped
-from flora.study.statistics import LEVEL, spread
+from flora.study.statistics import LEVEL, quantile, spread
 from flora.study.wording import TITLES, estimated, listed, number, setting, verdict
 
 BEGIN = "<!-- study: printed by python -m flora study --report DIR -->"
@@ -74,7 +74,7 @@ def readme_figures(records: Iterable[Record]) -> str:
         where = [task for task in tasks if other == "lora" or not results.same("lora", other, task)]
         found = results.between("flora", other, where)
         if found is not None:
-            on = "" if where == tasks else f" ({listed(found.differences)})"
+            on = "" if list(found.differences) == tasks else f" ({listed(found.differences)})"
             quoted.append(
                 f"- {verdict('FLoRA', TITLES[other], found.here)}{on}: {_means(results, found, 'flora', other)}."
             )
@@ -198,12 +198,21 @@ tasks, as if they were drawn from many: with so few it is wide, and it is the on
 
 {shown("differences", "Differences of accuracy with their intervals")}
 
-With three seeds a task's interval reaches 4.3 standard errors to either side, so that only large differences are
-clear. One in twenty intervals misses the truth, and none is corrected for the number of comparisons on this page. The
+{_few_seeds(contrasts.values())}One in twenty intervals misses the truth, and none is corrected for the number of comparisons on this page. The
 test examples are the same for all seeds: what another choice of them would change is in no interval. Where LoCon is
 LoRA to the last digit, as on networks without convolutions, it is left out."""
     names = {task: task for task in (*tasks, *more)}
     return Section(text, {"differences": figures.differences(contrasts, names)})
+
+
+def _few_seeds(contrasts: Iterable[Contrast]) -> str:
+    seeds = min(len(values) for contrast in contrasts for values in contrast.differences.values())
+    if seeds < 2:
+        return ""
+    return (
+        f"With {number(seeds, 'seed')} a task's interval reaches {quantile(seeds - 1):.1f} standard errors to either "
+        "side, so that only large differences are clear. "
+    )
 
 
 def _cost(results: Results) -> Section | None:
