@@ -199,8 +199,8 @@ tasks, as if they were drawn from many: with so few it is wide, and it is the on
 {shown("differences", "Differences of accuracy with their intervals")}
 
 {_few_seeds(contrasts.values())}One in twenty intervals misses the truth, and none is corrected for the number of
-comparisons on this page. The test examples are the same for all seeds: what another choice of them would change is in no interval. Where LoCon is
-LoRA to the last digit, as on networks without convolutions, it is left out."""
+comparisons on this page. The test examples are the same for all seeds: what another choice of them would change is in
+no interval. Where LoCon is LoRA to the last digit, as on networks without convolutions, it is left out."""
     names = {task: task for task in (*tasks, *more)}
     return Section(text, {"differences": figures.differences(contrasts, names)})
 
