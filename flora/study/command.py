@@ -80,8 +80,10 @@ def run(args: argparse.Namespace) -> None:
     """Does what is missing; what is there already is not done again."""
     store = Store(args.output / STORE)
     if args.report is not None:
-        report.write(store.records(), args.report)
-        print(f"{args.report / 'study.md'} is written.")
+        records = store.records()
+        report.write(records, args.report)
+        print(f"{args.report / 'study.md'} is written. What the README quotes of it:\n")
+        print(report.readme_figures(records))
         return
     place = Place(args.text_data, args.output)
     here = environment(args.jobs)

@@ -9,6 +9,9 @@ from flora.study.plan import MAIN_METHODS, SHARE
 from flora.study.results import Contrast, Results
 from flora.study.wording import TITLES, listed, number, setting, signed, spanned, verdict
 
+PAPER = 1.8
+"""How many points more accuracy on average the summary of FLoRA's paper (arXiv 2405.14739) names."""
+
 _SLOWER = 1.5  # times LoRA's training loss, from which on a delta has fitted less
 _ROOM = 5.0  # points, below which a task says little
 
@@ -33,11 +36,21 @@ def _against(results: Results, other: str) -> list[str]:
     if found is None:
         return []
     title = TITLES[other]
-    where = f" over {number(len(found.differences), 'task')}" if len(found.differences) > 1 else f" on {tasks[0]}"
+    where = (
+        f" over {number(len(found.differences), 'task')}"
+        if len(found.differences) > 1
+        else f" on {next(iter(found.differences))}"
+    )
     said = [f"**{verdict('FLoRA', title, found.here)}{where}**, at the same number of parameters{_by_task(found)}."]
     if found.here.sign and len(found.differences) > 1 and found.beyond.sign != found.here.sign:
         said[0] += (
             f" That holds for these tasks; taken as a sample of others ({spanned(found.beyond)}) they do not settle it."
+        )
+    if other == "lora" and found.here.low is not None and found.here.high is not None:
+        within = found.here.low <= PAPER <= found.here.high
+        said[0] += (
+            f" The paper's summary names {PAPER:g} points on average, over other networks and data: that is "
+            f"{'within' if within else 'above' if found.here.high < PAPER else 'below'} this interval."
         )
     more = [task for task in results.main_tasks("networks") if other == "lora" or not results.same("lora", other, task)]
     more = [task for task in more if task not in tasks]

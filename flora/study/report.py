@@ -15,7 +15,7 @@ from flora.study.reading import reading
 from flora.study.records import Record
 from flora.study.results import KNOWN, Contrast, Outcome, Results
 from flora.study.section import Section, shown, table, unwrapped
-from flora.study.statistics import LEVEL, spread
+from flora.study.statistics import LEVEL, quantile, spread
 from flora.study.wording import TITLES, estimated, listed, number, setting, verdict
 
 BEGIN = "<!-- study: printed by python -m flora study --report DIR -->"
@@ -74,7 +74,7 @@ def readme_figures(records: Iterable[Record]) -> str:
         where = [task for task in tasks if other == "lora" or not results.same("lora", other, task)]
         found = results.between("flora", other, where)
         if found is not None:
-            on = "" if where == tasks else f" ({listed(found.differences)})"
+            on = "" if list(found.differences) == tasks else f" ({listed(found.differences)})"
             quoted.append(
                 f"- {verdict('FLoRA', TITLES[other], found.here)}{on}: {_means(results, found, 'flora', other)}."
             )
@@ -177,18 +177,15 @@ def _paired(results: Results) -> Section | None:
             contrasts[f"FLoRA − {TITLES[other]}"] = found
     if not contrasts:
         return None
-    rows = []
-    for name, contrast in contrasts.items():
-        cells = [estimated(contrast.on(task)) if task in contrast.differences else _NONE for task in (*tasks, *more)]
-        several = len(contrast.differences) > 1
-        rows.append(
-            [
-                name,
-                *cells,
-                estimated(contrast.here) if several else _NONE,
-                estimated(contrast.beyond) if several else _NONE,
-            ]
-        )
+    rows = [
+        [task, *(estimated(c.on(task)) if task in c.differences else _NONE for c in contrasts.values())]
+        for task in (*tasks, *more)
+    ]
+    several = [len(contrast.differences) > 1 for contrast in contrasts.values()]
+    if any(several):
+        pairs = list(zip(contrasts.values(), several, strict=True))
+        rows.append(["*these tasks*", *(estimated(c.here) if enough else _NONE for c, enough in pairs)])
+        rows.append(["*tasks like these*", *(estimated(c.beyond) if enough else _NONE for c, enough in pairs)])
     text = f"""## FLoRA beside the others, paired
 
 Differences of test accuracy in points, each between two runs of the same seed, which gives both the same examples in
@@ -197,16 +194,25 @@ t interval over its seeds. That of *these tasks* holds the tasks as they are and
 the tasks' means add up, Welch's degrees of freedom). That of *tasks like these* is a t interval over the means of the
 tasks, as if they were drawn from many: with so few it is wide, and it is the one that speaks of a task of your own.
 
-{table(["", *tasks, *more, "these tasks", "tasks like these"], rows)}
+{table(["", *contrasts], rows)}
 
 {shown("differences", "Differences of accuracy with their intervals")}
 
-With three seeds a task's interval reaches 4.3 standard errors to either side, so that only large differences are
-clear. One in twenty intervals misses the truth, and none is corrected for the number of comparisons on this page. The
-test examples are the same for all seeds: what another choice of them would change is in no interval. Where LoCon is
-LoRA to the last digit, as on networks without convolutions, it is left out."""
+{_few_seeds(contrasts.values())}One in twenty intervals misses the truth, and none is corrected for the number of
+comparisons on this page. The test examples are the same for all seeds: what another choice of them would change is in
+no interval. Where LoCon is LoRA to the last digit, as on networks without convolutions, it is left out."""
     names = {task: task for task in (*tasks, *more)}
     return Section(text, {"differences": figures.differences(contrasts, names)})
+
+
+def _few_seeds(contrasts: Iterable[Contrast]) -> str:
+    seeds = min(len(values) for contrast in contrasts for values in contrast.differences.values())
+    if seeds < 2:
+        return ""
+    return (
+        f"With {number(seeds, 'seed')} a task's interval reaches {quantile(seeds - 1):.1f} standard errors to either "
+        "side, so that only large differences are clear. "
+    )
 
 
 def _cost(results: Results) -> Section | None:
