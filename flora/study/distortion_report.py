@@ -204,6 +204,10 @@ the budget a method uses that cannot use all of it; a dash says that it needs mo
 {" ".join(sentences)} Intervals of {_percent(LEVEL)} are over updates of a few networks, whose layers are alike.
 {_against_the_paper(kernels)}{_ranks(kernels)}
 
+How many of a mode's directions hold {_percent(LEADING)} of ‖ΔW‖², median over the updates:
+
+{_leading(lines.real)}
+
 Along the modes:
 
 {_modes(groups)}
@@ -282,6 +286,22 @@ def _ranks(group: Group | None) -> str:
         "of full kernels keep the kernel's modes whole, and the others pay for more channel ranks by cutting one or "
         f"both; FLoRA's default cuts both to {TuckerConfig().kernel_rank}."
     )
+
+
+def _leading(groups: Mapping[str, Group]) -> str:
+    """How concentrated the updates are: the leading directions of the output's mode, the input's and the kernel's."""
+    rows = []
+    for kind, group in groups.items():
+        cells = []
+        for modes in (slice(0, 1), slice(1, 2), slice(2, None)):
+            abouts = [target.about for target in group.all]
+            pairs = [
+                pair for a in abouts for pair in zip(a["leading"][modes], a["shape"][modes], strict=True) if pair[0]
+            ]
+            medians = [statistics.median(values) for values in zip(*pairs, strict=True)]
+            cells.append("{:g} of {:g}".format(*medians) if medians else _NONE)
+        rows.append([_KIND_TITLES[kind], *cells])
+    return table(["", "out", "in", "kernel"], rows)
 
 
 def _modes(groups: Mapping[str, Group]) -> str:
@@ -498,26 +518,28 @@ def _curves(groups: Mapping[str, Group]) -> Figure:
         asked = _asked(group)
         for method in group.methods:
             colour, marker = style(method)
-            found = sorted(
-                {(x, y) for share, targets in asked.items() if (xy := _at(targets, method, share)) for x, y in [xy]}
-            )
-            if found:
-                x, y = zip(*found, strict=True)
+            points = {_at(targets, method, share) for share, targets in asked.items()} - {None}
+            if points:
+                x, y = zip(*sorted(point for point in points if point), strict=True)
                 place.plot(x, y, color=colour, marker=marker, ms=5, lw=1.2, label=title(method), alpha=0.9)
         place.set_xscale("log")
+        place.set_xticks([*asked], [f"{100 * share:g}" for share in asked])
+        place.minorticks_off()
         place.set_ylim(bottom=0)
         place.set_title(name, fontsize="medium")
-        place.set_xlabel("parameters / entries of the weight")
+        place.set_xlabel("parameters, % of the weight's entries")
         place.set_ylabel("error of the best fit")
-    legend(figure, axes)
+    legend(figure, axes, columns=min(4, 2 * len(axes)))
     return figure
 
 
 def _asked(group: Group) -> dict[float, list[Target]]:
-    """The targets that were fitted at each share; only shares of at least half of them."""
+    """The targets that were fitted at each share: at those of all targets, or, where that is not three, of half."""
     shares = sorted({share for t in group.all for points in t.points.values() for share in points})
     found = {s: [t for t in group.all if any(s in points for points in t.points.values())] for s in shares}
-    return {share: targets for share, targets in found.items() if 2 * len(targets) >= len(group.all)}
+    of_all = {share: targets for share, targets in found.items() if len(targets) == len(group.all)}
+    of_half = {share: targets for share, targets in found.items() if 2 * len(targets) >= len(group.all)}
+    return of_all if len(of_all) > 2 else of_half
 
 
 def _at(targets: Sequence[Target], method: str, share: float) -> tuple[float, float] | None:

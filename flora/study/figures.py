@@ -42,15 +42,15 @@ def panels(count: int, height: float = 3.4) -> tuple[Figure, list[Axes]]:
     return figure, axes[:count]
 
 
-def legend(figure: Figure, axes: Iterable[Axes]) -> None:
-    """One legend below all panels, each name once."""
+def legend(figure: Figure, axes: Iterable[Axes], columns: int = 5) -> None:
+    """One legend below all panels, each name once, in as many columns at most."""
     found: dict[str, Any] = {}
     for one in axes:
         handles, names = one.get_legend_handles_labels()
         for handle, name in zip(handles, names, strict=True):
             found.setdefault(name, handle)
     if found:
-        columns = min(5, len(found))
+        columns = min(columns, len(found))
         figure.legend([*found.values()], [*found], loc="outside lower center", ncols=columns, frameon=False)
 
 
