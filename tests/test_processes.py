@@ -120,7 +120,7 @@ class Adapted(torch.utils.data.Dataset):
         return step(self.model, torch.full((1, 3, 6, 6), 0.1 * i))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", "spawn", pytest.param("forkserver", marks=SLOW)])
 def test_workers_of_a_data_loader(method):
     data = Adapted()
     expected = torch.utils.data.default_collate([data[i] for i in range(4)])  # threads have run in the parent
@@ -307,11 +307,12 @@ def interrupt_at(number):
     return trace
 
 
+@pytest.mark.parametrize("step", [29, pytest.param(3, marks=SLOW)])
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_verb_that_is_interrupted_leaves_the_base_whole(verb, half):
+def test_a_verb_that_is_interrupted_leaves_the_base_whole(verb, half, step):
     """At any of its lines: what there is of adapters can be taken off, and the base's numbers are what they were."""
-    for number in itertools.count(0, 23 if verb == "adapt" else 5):
+    for number in itertools.count(0, step):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3)).eval()
         model.base_dtype = torch.bfloat16 if half else None
