@@ -10,6 +10,8 @@ import pickle
 import subprocess
 import sys
 import warnings
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,11 @@ from test_kernels import NAMES, same_bits
 from test_threads import cases, network_of, run, step
 from torch import Tensor, nn
 
+import flora
 from flora import _core
 
 HERE = Path(__file__).parent
+PACKAGE = str(Path(flora.__file__).parent)
 LIMIT = 300  # seconds
 SLOW = pytest.mark.slow
 
@@ -116,7 +120,7 @@ class Adapted(torch.utils.data.Dataset):
         return step(self.model, torch.full((1, 3, 6, 6), 0.1 * i))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", "spawn", pytest.param("forkserver", marks=SLOW)])
 def test_workers_of_a_data_loader(method):
     data = Adapted()
     expected = torch.utils.data.default_collate([data[i] for i in range(4)])  # threads have run in the parent
@@ -271,6 +275,71 @@ with switching(1000):
 def test_a_keyboard_interrupt_during_a_call_is_raised_when_it_returns():
     """What it has written counts as written. In the middle of a merge, which is undone."""
     python(PRELUDE + INTERRUPTED)
+
+
+def disabling(model):
+    with flora.disabled(model):
+        model(torch.ones(1, 3, 4, 4))
+
+
+VERBS = {
+    "adapt": lambda model: flora.adapt(model, flora.LoRAConfig(rank=2), "new", base_dtype=model.base_dtype),
+    "set_adapter": lambda model: flora.set_adapter(model, {"one": 0.5, "two": 2.0}),
+    "delete_adapter": lambda model: flora.delete_adapter(model, "one"),
+    "merge": flora.merge,
+    "unmerge": flora.unmerge,
+    "disabled": disabling,
+    "unload": partial(flora.unload, merge=False),
+}
+
+
+def interrupt_at(number):
+    """A tracer that acts as Ctrl-C would at one of the lines of flora that are run, and what counts them."""
+    lines = itertools.count()
+
+    def trace(frame, event, argument):
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line" and next(lines) == number:
+            raise KeyboardInterrupt
+        return trace
+
+    return trace
+
+
+@pytest.mark.parametrize("step", [29, pytest.param(3, marks=SLOW)])
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_that_is_interrupted_leaves_the_base_whole(verb, half, step):
+    """At any of its lines: what there is of adapters can be taken off, and the base's numbers are what they were."""
+    for number in itertools.count(0, step):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3)).eval()
+        model.base_dtype = torch.bfloat16 if half else None
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        if verb != "adapt":
+            flora.adapt(model, flora.TuckerConfig(rank=2), "one", base_dtype=model.base_dtype)
+            flora.add_adapter(model, flora.RescaleConfig(init="reference"), "two")
+            flora.set_adapter(model, ["one", "two"])
+        if verb == "unmerge":
+            flora.merge(model)
+        tracer = sys.gettrace()
+        try:
+            sys.settrace(interrupt_at(number))
+            VERBS[verb](model)
+            over = True
+        except KeyboardInterrupt:
+            over = False
+        finally:
+            sys.settrace(tracer)
+        with suppress(RuntimeError):  # there are no adapters any more, or not yet
+            flora.unload(model, merge=False)
+        assert not any(isinstance(module, flora.AdaptedLayer) for module in model.modules())
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, before[key].to(value.dtype)), (number, key)
+        if over:
+            break
+    assert number > 5
 
 
 # Other libraries ----------------------------------------------------------------------------------------------------
