@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 SOURCES := $(shell find csrc -name '*.[ch]') setup.py pyproject.toml
 
-SANITIZED_TESTS := $(wildcard $(addprefix tests/test_,kernels.py boundary.py functional.py golden.py layers.py))
+SANITIZED_TESTS := $(wildcard $(addprefix tests/test_,kernels.py boundary.py functional.py fuzz.py golden.py layers.py))
 
 .DEFAULT_GOAL := build
 .PHONY: build test test-slow zoo distributed peft-suite soak crash-saves fuzz leaks lint format docs demo bench study \
@@ -47,7 +47,9 @@ fuzz: $(BUILT)  ## forged arrays and spoilt adapter files; half an hour. ARGS="-
 	$(BIN)/python tests/fuzz --what files --cases 20000 $(ARGS)
 
 leaks: $(BUILT)  ## every C function, 100,000 calls of every kind that succeeds or is refused; half an hour
-	for script in tests/leaks/*.py; do $(BIN)/python $$script --calls 100000 || exit; done
+	$(BIN)/python tests/leaks/calls.py --calls 100000 $(ARGS)
+	$(BIN)/python tests/leaks/memory.py
+	$(BIN)/python tests/leaks/modules.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -25,6 +25,8 @@ enum {
     MOST_ROWS = 64      /* … and the rows of a tile */
 };
 
+#define MOST_NUMBERS (INT64_C(1) << 40) /* of a row of H, which no memory holds */
+
 /* A call. Names ending in _w are row widths padded to the vector. */
 typedef struct {
     const flora_kernels *kernels;
@@ -100,7 +102,7 @@ static flora_status check(problem *p, const char *y_name, char *error) {
     p->m = p->b->shape[0], p->n = p->b->shape[1];
     int64_t d_out, d_in, d_h;
     if (__builtin_mul_overflow(p->m, p->p, &d_out) || __builtin_mul_overflow(p->n, p->q, &d_in) ||
-        __builtin_mul_overflow(p->n, p->p, &d_h))
+        __builtin_mul_overflow(p->n, p->p, &d_h) || d_h > MOST_NUMBERS)
         return flora_fail(error, FLORA_BAD_SHAPE, "a of %lld x %lld and b of %lld x %lld have too large a product",
                           (long long)p->p, (long long)p->q, (long long)p->m, (long long)p->n);
     const int64_t y[] = {p->rows, d_out}, x[] = {p->rows, d_in}, h[] = {p->rows, d_h};

@@ -75,6 +75,7 @@ static void inverse(const apply *p, void *data, int64_t region) {
 /* Activations ------------------------------------------------------------------------------------------------------ */
 
 enum { MOST_LANES = 16 };
+#define MOST_NUMBERS (INT64_C(1) << 40) /* beyond, a length that suits a transform would be sought for hours */
 
 /* data = the first butterflies of rows [first, first + count) of a view */
 static void enter(const apply *p, int chunk, const flora_view *view, int64_t first, int64_t count, void *data) {
@@ -326,6 +327,9 @@ static flora_status prepare(apply *p, int transforms, int buffers, char *error) 
     const int64_t lanes = p->kernels->lanes, inner = p->update.right == NULL ? 1 : p->update.inner;
     const int64_t widest = flora_max(p->update.d_out, p->update.d_in);
     const int64_t numbers = p->update.right == NULL ? p->update.d_out + p->update.d_in - 1 : inner + widest - 1;
+    if (numbers > MOST_NUMBERS)
+        return flora_fail(error, FLORA_BAD_SHAPE, "%lld diagonals are more than a transform can have",
+                          (long long)numbers);
     p->spectra = p->kernels->spectra;
     p->filters = p->update.right == NULL ? 1 : 2 * p->update.terms;
     flora_spectrum_plan(&p->spectrum, numbers, &p->scratch, real);

@@ -92,6 +92,7 @@ static flora_status check(const arguments *a, flora_layer *layer, char *error) {
     int64_t product;
     if ((layer->groups > 1 && (layer->c_in == 0 || layer->c_out == 0 || layer->r_in == 0)) ||
         __builtin_mul_overflow(layer->groups, layer->c_in, &product) ||
+        __builtin_mul_overflow(layer->groups, layer->r_out, &product) ||
         __builtin_mul_overflow(layer->groups, layer->r_in, &product))
         return flora_fail(
             error, FLORA_BAD_VALUE, "groups=%lld do not fit %lld input and %lld output channels a group with rank %lld",

@@ -132,8 +132,8 @@ static int refuse_dtype(const flora_borrower *who, DLDataType dtype) {
 
 static const int64_t item_sizes[] = {[FLORA_F32] = 4, [FLORA_F64] = 8, [FLORA_BF16] = 2, [FLORA_F16] = 2};
 
-/* Strides that no element follows (of an extent of 1, of an empty array) may be anything, but are added up with the
- * others: beyond this number of elements they are replaced, so that no sum of them overflows. */
+/* The stride of an extent of 1 may be anything, but is added up with the others: beyond this number of elements it is
+ * replaced, so that no sum of them overflows. */
 #define FAR_AWAY (PTRDIFF_MAX / 8 / FLORA_MAX_NDIM)
 
 /* Fills loan->view and the extents. strides (elements) NULL: contiguous. */
@@ -164,9 +164,10 @@ static int fill_view(flora_loan *loan, void *data, uint64_t byte_offset, flora_d
     for (int i = ndim - 1; i >= 0; i--) {
         int64_t stride = strides != NULL ? strides[i] : count, span;
         if (empty) {
-            count = shape[i] == 0 || count <= FAR_AWAY / shape[i] ? count : 1;
             view->strides[i] = count;
-            count *= shape[i] != 0 && shape[i] <= FAR_AWAY ? shape[i] : 1;
+            if (shape[i] > 0 && __builtin_mul_overflow(count, shape[i], &count)) {
+                return refuse(PyExc_ValueError, who, "has extents whose size in bytes overflows");
+            }
             continue;
         }
         if (shape[i] == 1 && (stride > FAR_AWAY || stride < -FAR_AWAY)) {
@@ -179,15 +180,17 @@ static int fill_view(flora_loan *loan, void *data, uint64_t byte_offset, flora_d
         }
     }
     view->data = data;
+    if (count > PTRDIFF_MAX / size) { /* also of an empty array, whose other extents are multiplied as well */
+        return refuse(PyExc_ValueError, who, "has extents whose size in bytes overflows");
+    }
     if (empty) {
         return 0;
     }
 
     /* No address within PTRDIFF_MAX of the ends of the address space is a real array's. */
     int64_t bytes;
-    if (count > PTRDIFF_MAX / size || __builtin_sub_overflow(high, low, &bytes) ||
-        __builtin_add_overflow(bytes, INT64_C(1), &bytes) || bytes > PTRDIFF_MAX / size ||
-        byte_offset > (uint64_t)PTRDIFF_MAX) {
+    if (__builtin_sub_overflow(high, low, &bytes) || __builtin_add_overflow(bytes, INT64_C(1), &bytes) ||
+        bytes > PTRDIFF_MAX / size || byte_offset > (uint64_t)PTRDIFF_MAX) {
         return refuse(PyExc_ValueError, who, "has extents whose size in bytes overflows");
     }
     if (data == NULL) {
@@ -587,19 +590,13 @@ static int take_rows(flora_loan *loan) {
     flora_view *view = &loan->view;
     const int last = view->ndim - 1;
     int64_t rows = 1, stride = 0;
-    int empty = 0;
-    for (int i = 0; i <= last; i++) {
-        empty |= view->shape[i] == 0;
-    }
     for (int i = 0; i < last; i++) {
         const int64_t extent = view->shape[i];
-        if (!empty && rows > 1 && extent > 1 && stride != extent * view->strides[i]) {
+        if (rows > 1 && extent > 1 && stride != extent * view->strides[i]) {
             return refuse(PyExc_ValueError, &loan->who, "has leading dimensions that are no rows of one stride");
         }
         stride = extent > 1 ? view->strides[i] : stride;
-        if (__builtin_mul_overflow(rows, extent, &rows)) { /* of an empty array */
-            return refuse(PyExc_ValueError, &loan->who, "has extents whose size in bytes overflows");
-        }
+        rows *= extent;
     }
     if (last >= 0) {
         view->shape[1] = view->shape[last];

@@ -212,7 +212,7 @@ class _Fields:
         for pattern, value in patterns.items():
             try:
                 compiled.append((re.compile(rf"(.*\.)?({pattern})$"), check(name, value)))
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"{name}={pattern!r} is not a regex: {error}") from error
         return compiled
 

@@ -1,5 +1,6 @@
 """DLPack by hand: producers that may lie about anything, through capsules and through the C exchange API."""
 
+import collections
 import ctypes
 
 
@@ -94,8 +95,8 @@ class Producer:
 
 
 def framework(base, major=1, previous=None, result=0):
-    """A class like ``base`` (a Producer) with an exchange API of its own, and how often that was asked for."""
-    calls = []
+    """A class like ``base`` (a Producer) with an exchange API of its own, and the last that were asked for."""
+    calls = collections.deque(maxlen=16)
 
     def from_object(instance, out):
         calls.append(instance)

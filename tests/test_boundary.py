@@ -715,10 +715,30 @@ def test_strides_that_no_element_follows():
     out, weight = Producer(**wild), Producer(**wild)
     _core.tucker_reconstruct(out, weight, CORE[None], [None, None], 2.0)
     assert list(out.memory)[:4] == [2 + GUARD, 4 + GUARD, 6 + GUARD, 8 + GUARD]
-    empty = Producer(ndim=3, shape=(2**62, 0, 2**62), strides=(2**62, -(2**63), 2**62))
+    empty = Producer(ndim=3, shape=(2**30, 0, 2**29), strides=(2**62, -(2**63), 2**62))
     with pytest.raises(ValueError, match="out must have 1 dimensions"):
         _core.tucker_reconstruct(empty, None, CORE, [None], 2.0)
     assert (out.deleted, weight.deleted, empty.deleted) == (1, 1, 1)
+
+
+def test_extents_of_an_empty_array_that_overflow_are_refused():
+    for array in (torch.empty(2**40, 0, 2**40), Producer(shape=(2**62, 0, 2), strides=None)):
+        with pytest.raises(ValueError, match="weight has extents whose size in bytes overflows"):
+            write(torch.zeros(4), array)
+
+
+def test_huge_extents_that_need_no_memory():
+    y, one = torch.zeros(1, 2**20), torch.ones(1, 1)
+    with pytest.raises(ValueError, match="a of 1048576 x 0 and b of 1 x 4398046511104 have too large a product"):
+        _core.kronecker_forward(y, None, torch.ones(1, 0), torch.ones(2**20, 0), one.expand(1, 2**42), 1.0)
+    y, many = torch.zeros(1, 1), one.expand(1, 2**50 + 12345)
+    with pytest.raises(ValueError, match="1125899906854969 diagonals are more than a transform can have"):
+        _core.toeplitz_forward(y, many, many, None, 1.0)
+    x = torch.empty(0, 2**12, 1)
+    with pytest.raises(ValueError, match="groups=4096 do not fit"):
+        factors = [one.expand(1, 2**52), None, None]
+        _core.tucker_conv_forward(x, None, x, torch.ones(1, 1, 1), factors, 1.0, [1], [0, 0], [1], 2**12, "zeros")
+    assert not y.any()
 
 
 def test_an_empty_batch_of_huge_planes_needs_no_memory():
@@ -786,6 +806,7 @@ def test_what_the_kernels_take():
         ((torch.ones(4), 1.5, 1), ValueError, "probability must be from 0 to 1, not 1.5"),
         ((torch.ones(4), float("nan"), 1), ValueError, "probability must be from 0 to 1, not nan"),
         ((torch.ones(4), "half", 1), TypeError, "probability must be a float, not 'half'"),
+        ((torch.ones(4), 10**400, 1), ValueError, "probability 1000+ is too large"),
         ((torch.ones(4), 0.5, 2**64), ValueError, "seed 18446744073709551616 is too large"),
     ],
 )

@@ -47,6 +47,7 @@ BAD = [
     ({"target_modules": 5}, "target_modules=5 must be"),
     ({"target_modules": nn.Linear(1, 1)}, "target_modules=Linear"),
     ({"exclude_modules": "["}, r"exclude_modules='\[' is not a regex"),
+    ({"exclude_modules": "a{99999999999999999999}"}, r"exclude_modules='a\{9+\}' is not a regex"),
     ({"modules_to_save": [""]}, r"modules_to_save=\[''\]"),
     ({"modules_to_save": 3}, "modules_to_save=3"),
     ({"rank_pattern": {"fc": 0}}, r"rank_pattern\['fc'\]=0"),

@@ -271,7 +271,7 @@ class DeltaConfig:
             self._fail(name, "must hold patterns that are not empty")
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{type(self).__name__}: {name}={pattern!r} is not a regex: {error}") from error
 
 

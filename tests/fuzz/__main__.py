@@ -4,7 +4,7 @@
 
 A case follows from the seed and its number alone. The cases run in a process of their own: when that dies or hangs, the
 case that it was at is reported with the command that runs it alone, and another process goes on behind it. Prints how
-many cases of each kind came to which end; the exit status is 1 if any came to a bad one.
+many cases of each kind came to which end, also when it is interrupted; the exit status is 1 if any came to a bad one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import collections
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -43,8 +44,13 @@ def main() -> int:
 def campaign(options: argparse.Namespace) -> int:
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     start, at, end = time.monotonic(), options.first, options.first + options.cases
-    while at < end:
-        at = child(options, at, end, counts)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while at < end:
+            at = child(options, at, end, counts)
+    except KeyboardInterrupt:
+        done = sum(counter.total() for counter in counts.values())
+        print(f"interrupted: go on with --first {options.first + done} --cases {options.cases - done}")
     outcomes = sorted({outcome for counter in counts.values() for outcome in counter})
     print(f"{'kind':44}", *(f"{outcome:>12}" for outcome in outcomes))
     for kind in sorted(counts):
@@ -60,25 +66,14 @@ def child(options: argparse.Namespace, at: int, end: int, counts: dict[str, coll
     """Runs cases in a process until it ends; gives the number of the next case."""
     command = [sys.executable, "-X", "faulthandler", str(FOLDER), "--serve", "--what", options.what]
     command += ["--seed", str(options.seed), "--first", str(at), "--cases", str(end - at)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    rest, hung = b"", False
-    while True:
-        ready, _, _ = select.select([process.stdout], [], [], PATIENCE)
-        hung = not ready
-        if hung:
-            process.kill()
-            break
-        data = os.read(process.stdout.fileno(), 1 << 16)
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            number, kind, outcome, *words = line.decode().split("\t")
-            counts[kind][outcome] += 1
-            at = int(number) + 1
-            if words:
-                report(options, int(number), f"{kind}: {words[0]}")
-        if not data:
-            break
+    limits = "allocator_may_return_null=1:max_allocation_size_mb=4096"  # of AddressSanitizer, as MEMORY is without it
+    environment = os.environ | {"ASAN_OPTIONS": f"{os.environ.get('ASAN_OPTIONS', '')}:{limits}"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        try:
+            at, hung = follow(process, options, at, counts)
+        finally:
+            if process.poll() is None:
+                process.kill()
     status = process.wait()
     if status == 0 and at == end:
         return end
@@ -88,6 +83,29 @@ def child(options: argparse.Namespace, at: int, end: int, counts: dict[str, coll
     counts["unknown"][outcome] += 1
     report(options, at, f"{outcome}, exit status {process.returncode}")
     return at + 1
+
+
+def follow(
+    process: subprocess.Popen[bytes], options: argparse.Namespace, at: int, counts: dict[str, collections.Counter[str]]
+) -> tuple[int, bool]:
+    """Counts what the process reports until it ends or hangs; the case that it was at, and whether it hangs."""
+    assert process.stdout is not None
+    rest = b""
+    while True:
+        ready, _, _ = select.select([process.stdout], [], [], PATIENCE)
+        if not ready:
+            return at, True
+        data = os.read(process.stdout.fileno(), 1 << 16)
+        if not data:
+            process.wait()
+            return at, False
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            number, kind, outcome, *words = line.decode().split("\t")
+            counts[kind][outcome] += 1
+            at = int(number) + 1
+            if words:
+                report(options, int(number), f"{kind}: {words[0]}")
 
 
 def report(options: argparse.Namespace, number: int, text: str) -> None:

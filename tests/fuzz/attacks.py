@@ -223,7 +223,7 @@ def lazy_copy(case: Case) -> None:
 def read_only(case: Case) -> None:
     name = pick(case)
     slot = case.slots[name]
-    if slot.dtype == torch.bfloat16:
+    if slot.dtype == torch.bfloat16 or (name == "weight" and slot is case.slots.get("out")):
         raise NotApplicableError
     array = slot.raw()
     array.flags.writeable = False
@@ -809,3 +809,24 @@ def factors(case: Case) -> None:
     )
     case.hopeless = not (name == "factors" and case.template.function.startswith("tucker_reconstruct"))
     case.free = not case.hopeless
+
+
+@attack("an extent of another size everywhere")
+def resized(case: Case) -> None:
+    """All extents of one value become another; where that is huge, in memory that it does not need."""
+    extents = sorted({n for slot in case.slots.values() for n in slot.shape})
+    if not extents or case.slots.get("weight") is case.slots.get("out", 0):
+        raise NotApplicableError
+    old = case.random.choice(extents)
+    new = case.random.choice((0, 0, 0, 1, old + 1, 2**22, 2**31, 2**40, 2**50 + 12345, 2**61, 2**62, 2**63 - 1))
+    emptied = case.random.choice([n for n in extents if n != old] or [old]) if new >= 2**22 else None
+    generator = torch.Generator().manual_seed(case.random.getrandbits(30))
+    for name, slot in case.slots.items():
+        shape = [new if n == old else 0 if n == emptied else n for n in slot.shape]
+        if new < 2**22 or new not in shape:
+            case.slots[name] = Arrangement(torch.randn(shape, generator=generator).to(slot.dtype), "plain", case.random)
+        elif 0 in shape:
+            case.stand(name, slot.producer(shape=shape, strides=None))
+        else:
+            case.stand(name, slot.producer(shape=shape, strides=[0] * len(shape)))
+    case.changed, case.free = True, new >= 2**22

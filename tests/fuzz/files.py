@@ -24,7 +24,23 @@ from flora.serialization import CONFIG_FILE, TENSORS_FILE
 REFUSALS = (ValueError, OSError)
 X = torch.linspace(-2, 2, 2 * 3 * 5 * 5).sin().reshape(2, 3, 5, 5)
 NUMBERS = (0, -1, 1, 2, 3, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, -(2**63), 10**400, 0.5, -0.0, 1e308, 5e-324)
-WORDS = ("", "0", "default", "tucker", "F32", "F64", "BF16", "U8", "..", "/etc/passwd", "\ud800", "\0", "a" * 10_000)
+REGEXES = ("a{99999999999999999999}", "(" * 3000 + ")" * 3000, "(?P<a>", "[")
+WORDS = (
+    "",
+    "0",
+    "default",
+    "tucker",
+    "F32",
+    "F64",
+    "BF16",
+    "U8",
+    "..",
+    "/etc/passwd",
+    "\ud800",
+    "\0",
+    "a" * 10_000,
+    *REGEXES,
+)
 ODD = (None, True, False, [], {}, [[]], [None], {"": {}}, [0], [2**63, 2**63], [-1], *NUMBERS, *WORDS)
 
 
