@@ -16,7 +16,7 @@ SANITIZED_TESTS := $(wildcard $(addprefix tests/test_,kernels.py boundary.py fun
 
 .DEFAULT_GOAL := build
 .PHONY: build test test-slow zoo distributed peft-suite soak crash-saves fuzz leaks lint format docs demo bench study \
-  sanitize native native-asan native-tsan native-valgrind clean
+  sanitize native native-asan native-tsan native-valgrind cross native-clang native-aarch64 clean
 
 build: $(BUILT)  ## the extension, in place, with warnings as errors
 
@@ -92,6 +92,7 @@ $(SANITIZED)/.built: $(INSTALLED) $(SOURCES)
 
 # The kernels alone, without Python: tests/native makes recorded calls again. CALLS=few is the short form.
 native: native-asan native-tsan native-valgrind  ## the kernels alone under sanitizers and valgrind
+cross: native-clang native-aarch64  ## the kernels alone by another compiler, and for another processor
 
 native-asan: export UBSAN_OPTIONS = halt_on_error=1
 native-asan: $(NATIVE)/$(CALLS) $(SANITIZED)/.built  ## every level, on several threads, and calls that must fail
@@ -113,6 +114,16 @@ native-valgrind: $(NATIVE)/$(CALLS)  ## the levels that valgrind knows: portable
 	$(MAKE) --silent -C tests/native OUT=$(CURDIR)/$(NATIVE)/plain FLAGS="-O1 -g"
 	valgrind --quiet --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite --show-leak-kinds=definite \
 	  $(NATIVE)/plain/replay --threads 2 --faults $<
+
+CLANG := $(shell command -v clang || command -v clang-14)
+
+native-clang: $(NATIVE)/$(CALLS)  ## every level, compiled by clang
+	$(MAKE) --silent -C tests/native CC=$(CLANG) OUT=$(CURDIR)/$(NATIVE)/clang
+	$(NATIVE)/clang/replay --threads 3 --faults $<
+
+native-aarch64: $(NATIVE)/$(CALLS)  ## portable and neon, cross-compiled and emulated
+	$(MAKE) --silent -C tests/native CC=aarch64-linux-gnu-gcc OUT=$(CURDIR)/$(NATIVE)/aarch64
+	qemu-aarch64 -L /usr/aarch64-linux-gnu $(NATIVE)/aarch64/replay --threads 2 --faults $<
 
 RECORD = $(BIN)/python tests/native/record.py $@ --golden
 RECORDED := tests/native/record.py tests/test_kernels.py tests/test_golden.py

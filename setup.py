@@ -5,6 +5,7 @@ sanitizers (run Python with LD_PRELOAD=$(gcc -print-file-name=libasan.so)).
 """
 
 import os
+import shutil
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
@@ -38,18 +39,30 @@ class BuildExt(build_ext):
 
     def build_extensions(self) -> None:
         compile_all = self.compiler.compile
-        gnu = self.compiler.compiler_type != "msvc"
+        prefix = ""
+        if self.compiler.compiler_type == "msvc":
+            self._use_clang()
+            prefix = "/clang:"
 
         def compile_each(sources: list[str], **options: object) -> list[str]:
             def compile_one(source: str) -> list[str]:
                 own = FILE_FLAGS.get(source.replace(os.sep, "/"), []) if X86_64 else []
-                return compile_all([source], **{**options, "extra_postargs": FLAGS + own if gnu else []})
+                return compile_all([source], **{**options, "extra_postargs": [prefix + flag for flag in FLAGS + own]})
 
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 return [path for paths in pool.map(compile_one, sources) for path in paths]
 
         self.compiler.compile = compile_each
         super().build_extensions()
+
+    def _use_clang(self) -> None:
+        """Microsoft's own compiler has no vectors of a given width; LLVM's takes its options and links with it."""
+        clang = shutil.which("clang-cl")
+        if clang is None:
+            raise RuntimeError("flora._core needs clang-cl on Windows, which is on no path here: install LLVM")
+        self.compiler.initialize()
+        self.compiler.cc = clang
+        self.compiler.compile_options = [flag for flag in self.compiler.compile_options if flag != "/GL"]
 
 
 core = Extension(

@@ -13,27 +13,38 @@
 #        include <unistd.h>
 #    endif
 
-/* clang 14's __builtin_cpu_supports knows neither the level names nor these three, so they are read from cpuid. */
-static int has_f16c_movbe_lzcnt(void) {
+/* Parts of XCR0: the registers that the operating system saves. */
+enum { SAVES_256 = 0x6, SAVES_512 = 0xe6 };
+
+/* All is read from cpuid: clang 14's __builtin_cpu_supports does not know every one of these features, and on Windows
+ * it needs a library of the compiler's. */
+static int saves(unsigned registers) {
+    unsigned a, b, c, d, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE))
+        return 0;
+    __asm__("xgetbv" : "=a"(a), "=d"(high) : "c"(0));
+    return (a & registers) == registers;
+}
+
+static int has_v3(void) {
+    const unsigned first = bit_FMA | bit_MOVBE | bit_AVX | bit_F16C, seventh = bit_BMI | bit_AVX2 | bit_BMI2;
     unsigned a, b, c, d;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_F16C) || !(c & bit_MOVBE))
+    if (!saves(SAVES_256) || !__get_cpuid(1, &a, &b, &c, &d) || (c & first) != first)
+        return 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (b & seventh) != seventh)
         return 0;
     return __get_cpuid(0x80000001, &a, &b, &c, &d) && (c & bit_LZCNT);
 }
 
-static int has_v3(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-           __builtin_cpu_supports("bmi2") && has_f16c_movbe_lzcnt();
-}
-
 static int has_v4(void) {
-    return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl");
+    const unsigned all = bit_AVX512F | bit_AVX512BW | bit_AVX512CD | bit_AVX512DQ | bit_AVX512VL;
+    unsigned a, b, c, d;
+    return has_v3() && saves(SAVES_512) && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & all) == all;
 }
 
 static int has_bf16(void) {
-    return has_v4() && __builtin_cpu_supports("avx512bf16");
+    unsigned a, b, c, d;
+    return has_v4() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVX512BF16);
 }
 
 /* The matrix registers that kernels/tile.h counts on: some virtual machines advertise AMX without any. */
@@ -121,9 +132,6 @@ static int position(const char *name) {
 }
 
 int flora_isa_init(void) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-#endif
     const char *cap = getenv("FLORA_ISA");
     int limit = LEVEL_COUNT - 1, asked = -1, status = 0;
     if (cap != NULL && *cap != '\0') {

@@ -118,7 +118,11 @@ static void module_free(void *module) {
     module_clear(module);
 }
 
-static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)module_exec}, {0, NULL}};
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)module_exec},
+#ifdef Py_GIL_DISABLED
+                                   {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+                                   {0, NULL}};
 
 PyDoc_STRVAR(module_doc,
              "flora's kernels in C, on torch tensors, NumPy arrays and anything else with __dlpack__.\n"

@@ -429,8 +429,10 @@ static int find_torch(flora_boundary *boundary) {
     Py_XDECREF(nn);
     Py_XDECREF(autograd);
     Py_XDECREF(graph);
-    if (enabled != NULL && PyType_Check(tensor)) {
-        boundary->torch_api = exchange_api(boundary, tensor);
+    const int complete = enabled != NULL && PyType_Check(tensor);
+    const DLPackExchangeAPI *api = complete ? exchange_api(boundary, tensor) : NULL;
+    if (complete && !atomic_flag_test_and_set(&boundary->found)) {
+        boundary->torch_api = api;
         boundary->is_neg = is_neg;
         boundary->increment_version = increment;
         boundary->is_grad_enabled = enabled;
@@ -444,6 +446,9 @@ static int find_torch(flora_boundary *boundary) {
     Py_XDECREF(is_neg);
     Py_XDECREF(increment);
     Py_XDECREF(enabled);
+    while (complete && boundary->tensor == NULL) {
+        /* another thread is writing the lines above, which it can do at the same time only without a GIL */
+    }
     return 0;
 }
 
@@ -557,10 +562,10 @@ static int ask_other(flora_boundary *boundary, flora_loan *loan, PyObject *objec
         return ask_capsule(boundary, loan, object);
     }
     for (int i = 0; i < FLORA_CACHED_TYPES; i++) {
-        if (boundary->cached[i].type == NULL) {
+        if (!atomic_flag_test_and_set(&boundary->cached[i].taken)) {
             Py_INCREF(type);
-            boundary->cached[i].type = type;
             boundary->cached[i].api = api;
+            boundary->cached[i].type = type;
             break;
         }
     }
@@ -751,7 +756,9 @@ void flora_boundary_clear(flora_boundary *boundary) {
     Py_CLEAR(boundary->str_dlpack);
     Py_CLEAR(boundary->str_exchange_api);
     Py_CLEAR(boundary->str_torch);
+    atomic_flag_clear(&boundary->found);
     for (int i = 0; i < FLORA_CACHED_TYPES; i++) {
         Py_CLEAR(boundary->cached[i].type);
+        atomic_flag_clear(&boundary->cached[i].taken);
     }
 }

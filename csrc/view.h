@@ -11,21 +11,26 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <stdatomic.h>
+
 #include "flora.h"
 
 #define FLORA_CACHED_TYPES 8
 
 struct flora_cached_api {
-    PyObject *type;  /* strong */
-    const void *api; /* its DLPack exchange table, or NULL if it has none */
+    atomic_flag taken;        /* by the thread that fills it */
+    _Atomic(PyObject *) type; /* strong; set last, NULL before */
+    const void *api;          /* its DLPack exchange table */
 };
 
-/* What the module remembers between calls; one for each module object. */
+/* What the module remembers between calls; one for each module object. Without a GIL calls run at once: what one of
+ * them finds is written by one thread alone, and for good, before the atomic pointer to it. */
 typedef struct {
-    PyObject *array_error;        /* the exception ArrayError */
-    PyObject *tensor, *parameter; /* torch.Tensor and torch.nn.Parameter once torch is imported, else NULL */
+    PyObject *array_error; /* the exception ArrayError */
+    atomic_flag found;     /* torch, by the thread that writes what follows */
     PyObject *is_neg, *increment_version, *is_grad_enabled;
-    const void *torch_api; /* torch.Tensor's exchange table, or NULL */
+    const void *torch_api;                 /* torch.Tensor's exchange table, or NULL */
+    _Atomic(PyObject *) parameter, tensor; /* torch.nn.Parameter, then torch.Tensor; NULL until torch is imported */
     PyObject *str_requires_grad, *str_resolve_neg, *str_dlpack, *str_exchange_api, *str_torch;
     struct flora_cached_api cached[FLORA_CACHED_TYPES]; /* types of other frameworks */
 } flora_boundary;

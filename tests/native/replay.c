@@ -16,6 +16,7 @@
 #include "isa.h"
 #include "parallel.h"
 #include "pool.h"
+#include "tucker.h"
 
 #include <math.h>
 #include <stdatomic.h>
@@ -46,6 +47,7 @@ void pool_use(int threads, int careless) {
 
 enum { MAX_CALLERS = 16, MAX_PHASE = 64, MAX_FAILURES = 20 };
 
+static atomic_int switching; /* levels change all the time */
 static atomic_llong made, compared, refused, starved, wrong;
 
 static void complain(const call *c, const char *what, const char *detail) {
@@ -58,6 +60,7 @@ static void complain(const call *c, const char *what, const char *detail) {
 
 static _Thread_local int until_failure = -1; /* allocations of the kernels' that still succeed; -1: all */
 
+#ifdef REPLAY_FAULTS
 /* The linker has every call of malloc come here. */
 void *__real_malloc(size_t size);
 void *__wrap_malloc(size_t size);
@@ -67,6 +70,22 @@ void *__wrap_malloc(size_t size) {
     if (until_failure > 0)
         until_failure--;
     return __real_malloc(size);
+}
+#endif
+
+/* Rooms that fill the address space but for their alignment: their sum must not wrap around to a small one. */
+static void check_scratch_sizes(void) {
+    char error[FLORA_ERROR_SIZE];
+    flora_scratch scratch = {0};
+    for (int i = 0; i < 2; i++)
+        flora_reserve(&scratch, PTRDIFF_MAX / 64 - 2, 64, 1, 1);
+    for (int i = 0; i < 3; i++)
+        flora_reserve(&scratch, 0, 1, 1, 1);
+    if (flora_allocate(&scratch, error) == FLORA_OK) {
+        printf("scratch of %zu bytes was allocated\n", scratch.size);
+        atomic_fetch_add(&wrong, 1);
+        flora_release(&scratch);
+    }
 }
 
 /* Elements ----------------------------------------------------------------------------------------------------------
@@ -194,7 +213,7 @@ static int is_native(void) {
 }
 
 static void compare(const call *c, const array *a, const flora_view *view) {
-    const double tolerance = is_native() ? a->native_tolerance : a->tolerance;
+    const double tolerance = switching || is_native() ? a->native_tolerance : a->tolerance;
     walk w;
     for (int more = walk_begin(&w, view); more; more = walk_on(&w, view)) {
         const double found = element((const char *)view->data + w.offset * SIZES[view->dtype], view->dtype);
@@ -330,7 +349,8 @@ static void make_starved(const call *c) {
 
 static const call *calls; /* of one file */
 static int count;
-static const char *only_level;
+static const char *levels[16], *only_level;
+static int level_count;
 static int threads = 1, callers, faults;
 
 static void make_all(void) {
@@ -354,6 +374,12 @@ static void *call_on(void *caller_) {
     return NULL;
 }
 
+static void *switch_levels(void *unused) {
+    for (int i = 0; atomic_load(&switching); i++)
+        flora_isa_set(levels[i % level_count]);
+    return unused;
+}
+
 /* All callers share the inputs and start at different calls. */
 static void make_at_once(void) {
     stage *inputs = calloc((size_t)count, sizeof *inputs);
@@ -373,6 +399,18 @@ static void make_at_once(void) {
     for (int i = 0; i < count; i++)
         quit(&inputs[i]);
     free(inputs);
+}
+
+static void make_while_levels_change(void) {
+    const char *level = flora_isa_name();
+    pthread_t thread;
+    atomic_store(&switching, 1);
+    if (pthread_create(&thread, NULL, switch_levels, NULL) != 0)
+        abort();
+    make_at_once();
+    atomic_store(&switching, 0);
+    pthread_join(thread, NULL);
+    flora_isa_set(level);
 }
 
 /* A child of fork has no pool, and the same results. */
@@ -417,6 +455,8 @@ static void run_level(void) {
         make_all();
         if (callers > 0)
             make_at_once();
+        if (callers > 0 && only_level == NULL)
+            make_while_levels_change();
     }
     (torch_use != NULL ? torch_use : pool_use)(1, 0);
 #endif
@@ -451,9 +491,9 @@ int main(int argc, char **argv) {
                 "usage: replay [--level NAME] [--threads N] [--callers N] [--torch LIBRARY] [--faults] FILE...\n");
         return 2;
     }
-    const char *levels[16];
     flora_isa_init();
-    const int level_count = flora_isa_available(levels, 16);
+    level_count = flora_isa_available(levels, 16);
+    check_scratch_sizes();
     for (int file = 1; file <= files; file++) {
         calls = calls_read(argv[file], &count);
         for (int i = 0; i < level_count; i++) {
