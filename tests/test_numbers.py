@@ -27,20 +27,26 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 def edges(dtype):
     """Values that few computations like."""
     info = torch.finfo(dtype)
-    return [math.nan, math.inf, -math.inf, info.max, -info.max, info.tiny, info.tiny / 4, -0.0]
+    return [math.nan, math.inf, -math.inf, info.max, -info.max, info.max**0.5, info.tiny, info.tiny / 4, -0.0]
 
 
-def kinds(t):
-    """Of each element whether it is finite, infinite or no number."""
-    return torch.where(t.isnan(), 2, t.isinf().int())
+def is_finite(t):
+    return t.isfinite().detach()
 
 
-def plainly(plan, op, x, weight, bias, delta):
+def by_transforms(method):
+    """Whether rows go through a Fourier transform, which spreads over a row what is not finite in it."""
+    return method.startswith(("circulant", "toeplitz", "ldr"))
+
+
+def plainly(method, plan, op, x, weight, bias, delta):
     """What a plan computes, in plain PyTorch."""
     parts = delta.parts(weight)
-    if plan == "fused":
+    if plan == "fused" and not by_transforms(method):
         return passes.plain(op, x, weight, bias, parts.form, parts.tensors, None)
     update = parts.form.delta(weight, parts.tensors)
+    if plan == "fused":
+        return passes.add_to(op.base(x, weight, bias), op.base(x.to(update.dtype), update, None))
     return op.base(x, (weight.to(update.dtype) + update).to(weight.dtype), bias)
 
 
@@ -51,7 +57,11 @@ def put(draw, tensors, value):
 
 
 def check_edges(method, case, dtype, draw, scale=None):
-    """One layer with values from the edge in it: as often in the input as in the weight and in the delta."""
+    """One layer, in all of its plans, with a value from the edge in its input, in its weight or in its delta.
+
+    Where nothing overflows on the way, the same places are finite as in PyTorch; by transforms none that is not finite
+    there. What is finite in both is the same.
+    """
     make, shape = CASES[case]
     torch.manual_seed(draw.randrange(2**31))
     layer = flora.wrap(make().to(dtype), METHODS[method])
@@ -66,17 +76,21 @@ def check_edges(method, case, dtype, draw, scale=None):
         put(draw, draw.choice([[x], [weight], parameters]), value)
     else:
         value = delta.scale = scale
+    overflows = math.isfinite(value) and abs(value) > 1e30
     bias, op = base.bias, layer._kind.op(base)
     for wanted in PLANS:
         plan = functional.resolve_plan(op, x, weight, delta.parts(weight), wanted, 0.0, True)
         found = functional.adapted(op, x.clone().requires_grad_(), weight, bias, delta.parts(weight), plan=plan)
-        expected = plainly(plan, op, x, weight, bias, delta)
+        expected = plainly(method, plan, op, x, weight, bias, delta)
         where = f"{method} on {case}, {plan}, {dtype}, {value}, {_core.info()['isa']}"
-        assert torch.equal(kinds(found) > 0, kinds(expected) > 0), f"{where}: other places are finite"
-        finite = (kinds(expected) == 0) & (expected.abs() < torch.finfo(dtype).max / 4)
-        if finite.any():
-            largest = max(expected.detach()[finite].abs().max().item(), torch.finfo(dtype).tiny)
-            worst = (found.double() - expected.double()).detach()[finite].abs().max().item()
+        ours, theirs = is_finite(found), is_finite(expected)
+        if not overflows:
+            wrong = ours & ~theirs if by_transforms(method) else ours ^ theirs
+            assert not wrong.any(), f"{where}: {int(wrong.sum())} other places are finite"
+        both = ours & theirs
+        if both.any():
+            largest = max(expected.detach()[both].abs().max().item(), torch.finfo(dtype).tiny)
+            worst = (found.double() - expected.double()).detach()[both].abs().max().item()
             assert worst <= BOUND[dtype] * largest, f"{where}: {worst:.3g} of {largest:.3g}"
 
 
@@ -85,7 +99,7 @@ def check_edges(method, case, dtype, draw, scale=None):
 def test_what_is_not_finite_or_at_the_edge_travels_as_in_pytorch(method, isa, rounds):
     draw = random.Random(f"{method} {isa}")
     for _ in range(rounds):
-        for case in LAYERS:
+        for case in LAYERS if rounds > 1 else draw.sample(LAYERS, 2):
             for dtype in (torch.float32, torch.bfloat16, torch.float64)[: 3 if rounds > 1 else 1]:
                 check_edges(method, case, dtype, draw)
 
