@@ -167,6 +167,12 @@ class _Call:
             raise ValueError(f"flora has no form {form!r}; there are {sorted(FORMS)}")
         if sum(given) != len(parameters):
             raise ValueError(f"given says that there are {sum(given)} parameters, there are {len(parameters)}")
+        places = FORMS[form].places(len(shape))
+        if len(given) != places:
+            raise ValueError(
+                f"a {form} delta of a weight of {len(shape)} modes has {places} parameters, and given={list(given)} "
+                f"is for {len(given)}"
+            )
         tensors = _spread(parameters, given)
         op: Op = LINEAR
         if stride:

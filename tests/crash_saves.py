@@ -265,9 +265,11 @@ def together(model: nn.Module, folder: Path, processes: int, saves: int) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=500)
-    parser.add_argument("--every", type=int, default=1, help="of the steps of a save every so many-th")
+    parser.add_argument(
+        "--every", type=int, default=1, help="of the steps of a save every so many-th; 0: none, as with all of these"
+    )
     parser.add_argument("--limits", type=int, default=100)
-    parser.add_argument("--disk", type=int, default=1024, help="KiB of the tmpfs; 0 for none")
+    parser.add_argument("--disk", type=int, default=1024, help="KiB of the tmpfs")
     parser.add_argument("--saves", type=int, default=300, help="of each of four processes at once")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -275,13 +277,16 @@ def main() -> None:
     model = flora.adapt(base(), flora.TuckerConfig(rank=WIDTH, init="orthogonal"))
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        kills(model, root / "kills" / "adapter", args.kills, args.seed)
-        for aside in (False, True):
+        if args.kills:
+            kills(model, root / "kills" / "adapter", args.kills, args.seed)
+        for aside in (False, True) if args.every else ():
             steps(model, root / f"steps {aside}" / "adapter", args.every, aside)
-        short_files(model, root / "limits" / "adapter", args.limits)
+        if args.limits:
+            short_files(model, root / "limits" / "adapter", args.limits)
         if args.disk:
             full_disk(model, root / "disk", args.disk)
-        together(model, root / "together" / "adapter", 4, args.saves)
+        if args.saves:
+            together(model, root / "together" / "adapter", 4, args.saves)
 
 
 if __name__ == "__main__":

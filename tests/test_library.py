@@ -239,6 +239,12 @@ def test_an_unknown_form_is_named():
     _, x, weight, bias = inputs_of("linear")
     with pytest.raises(ValueError, match="no form 'dream'; there are"):
         torch.ops.flora.adapted(x, weight, bias, [weight], [True], "dream", 1.0)
+    with pytest.raises(ValueError, match=r"a tucker delta of a weight of 2 modes has 3 parameters, and given=\[True"):
+        torch.ops.flora.adapted(
+            torch.ones(1, 2), torch.ones(2, 2), None, [torch.ones(2, 2)] * 2, [True] * 2, "tucker", 1.0
+        )
+    with pytest.raises(ValueError, match="a kronecker delta of a weight of 2 modes has 2 parameters"):
+        torch.ops.flora.adapted(torch.ones(1, 2), torch.ones(2, 2), None, [torch.ones(2, 2)], [True], "kronecker", 1.0)
     with pytest.raises(ValueError, match="there are 2 parameters, there are 1"):
         torch.ops.flora.adapted(x, weight, bias, [weight], [True, True], "dense", 1.0)
 

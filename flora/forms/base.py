@@ -48,6 +48,11 @@ class Form:
         """The form again, from what an operator has: its scale, the weight's shape and the tensors."""
         return cls(scale)
 
+    @classmethod
+    def places(cls, modes: int) -> int:
+        """How many tensors it has, given or None, for a weight of so many modes."""
+        return 1
+
     # Plain PyTorch --------------------------------------------------------------------------------------------------
 
     def delta(self, weight: Tensor | None, tensors: Tensors) -> Tensor:

@@ -25,6 +25,10 @@ class KroneckerForm(MatrixForm):
     name = "kronecker"
     in_half = True
 
+    @classmethod
+    def places(cls, modes: int) -> int:
+        return 2
+
     def delta(self, weight: Tensor | None, tensors: Tensors) -> Tensor:
         a, b = tensors
         return reference.kronecker_delta(a, b, self.scale).reshape(self.shape)

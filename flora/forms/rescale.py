@@ -20,6 +20,10 @@ class RescaleForm(Form):
     name = "rescale"
     of_weight = True
 
+    @classmethod
+    def places(cls, modes: int) -> int:
+        return 2
+
     def delta(self, weight: Tensor | None, tensors: Tensors) -> Tensor:
         assert weight is not None
         row, column = tensors

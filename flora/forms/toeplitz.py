@@ -29,6 +29,10 @@ class ToeplitzForm(MatrixForm):
 
     name = "toeplitz"
 
+    @classmethod
+    def places(cls, modes: int) -> int:
+        return 2
+
     def delta(self, weight: Tensor | None, tensors: Tensors) -> Tensor:
         left, right = tensors
         return reference.toeplitz_delta(left, right, *self.extents, self.scale).reshape(self.shape)

@@ -42,6 +42,10 @@ class TuckerForm(Form):
     def of(cls, scale: float, shape: tuple[int, ...], tensors: Tensors) -> Self:
         return cls(scale, projects=len(tensors) < 3 or tensors[2] is not None)
 
+    @classmethod
+    def places(cls, modes: int) -> int:
+        return 1 + modes
+
     def delta(self, weight: Tensor | None, tensors: Tensors) -> Tensor:
         core, *factors = _explicit(tensors)
         return reference.reconstruct(core, factors, self.scale)
