@@ -166,7 +166,7 @@ def test_tables_hold_the_lines_means_spreads_and_rates(whole, written):
             ]
             assert cell.removesuffix(" |") == f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
     rates = text.split("| learning rate |", 1)[1]
-    assert f"| {TITLES['full']} | 0.0003 ↓ | 0.0003 ↓ | 0.0003 ↓ |" in rates
+    assert f"| {TITLES['full']} | 0.0003 | 0.0003 | 0.0003 |" in rates
     assert f"| {TITLES['flora']} | 0.01 | 0.01 | 0.01 |" in rates
     assert f"{0.99 * 0.04 * WEIGHTS:,.0f} (3.96 %; rank 7 to 8, kernel 2)" in text
     assert "of which these deltas use 99.0 %. " in text

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import flora
 from flora.finetune.training import hold_statistics, step
+from flora.hooks import hold_eval
 from flora.state import adapted_layers
 from flora.study.data import Examples
 from flora.study.networks import schedule
@@ -43,7 +44,9 @@ def learn(
     order = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # of dropout
     model.train()
-    if options.get("batch_norm") != "moving":
+    if options.get("batch_norm") == "moving":
+        _let_statistics_move(model)
+    else:
         hold_statistics(model)
     losses: list[float] = []
     seconds: list[float] = []
@@ -65,6 +68,13 @@ def _groups(model: nn.Module, lr: float, options: Mapping[str, Any]) -> list[dic
     if "core_lr" in options and adapted_layers(model):
         return flora.parameter_groups(model, lr=lr, core_lr=lr * options["core_lr"])
     return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
+
+
+def _let_statistics_move(model: nn.Module) -> None:
+    """Takes off what `flora.adapt` holds the statistics of frozen normalisation by."""
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is hold_eval]:
+            del module._forward_pre_hooks[key]
 
 
 @torch.no_grad()
