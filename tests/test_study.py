@@ -215,11 +215,11 @@ def test_final_runs_wait_for_the_search_and_take_the_best_rate():
 def test_parts_share_the_runs_that_they_have_in_common():
     alone = sum(count(list(comparisons([part], STEPS))) for part in PARTS)
     assert count(list(comparisons(PARTS, STEPS))) < alone
-    scaled = next(c for c in comparisons(["scale"], STEPS) if c.method == "flora" and c.task == "digits")
-    assert (
-        scaled.search()
-        == next(c for c in comparisons(["core"], STEPS) if (c.method, c.task) == ("flora", "animals")).search()
+    scaled, core = (
+        next(c for c in comparisons([part], STEPS) if (c.method, c.task) == ("flora", "animals"))
+        for part in ("scale", "core")
     )
+    assert scaled.search() == core.search()
 
 
 def test_without_texts_there_are_no_text_tasks():
