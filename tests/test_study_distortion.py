@@ -26,7 +26,7 @@ from flora.study.approximations import (
     tucker_parameters,
 )
 from flora.study.decompositions import displaced, held_by_ranks, hooi, multiply, nearest_kronecker
-from flora.study.layers import chosen, in_depth, kind
+from flora.study.layers import KINDS, chosen, in_depth, kind
 from flora.study.records import Store
 from flora.study.structure import Reference, cosine, modes, unfolding
 from flora.study.synthetic import SYNTHETIC
@@ -376,9 +376,9 @@ def test_synthetic_targets_are_what_they_say(one):
 
 def test_kinds_of_layers_and_which_are_chosen():
     shapes = {f"block.{i}.{name}": shape for i in range(12) for name, shape in BLOCK.items()}
-    found = chosen(shapes, 3, 2000)
-    assert [kind(shapes[name]) for name in found] == ["pointwise"] * 3 + ["depthwise"] * 3 + ["linear"] * 3
-    assert [int(name.split(".")[1]) for name in found] == [2, 6, 10] * 3
+    found = chosen(shapes, {"pointwise": 3, "depthwise": 2, "full": 5, "linear": 1}, 2000)
+    assert [kind(shapes[name]) for name in found] == ["pointwise"] * 3 + ["depthwise"] * 2 + ["linear"]
+    assert [int(name.split(".")[1]) for name in found] == [2, 6, 10, 3, 9, 6]
     assert sorted(["a.10", "a.9", "b", "a.x"], key=in_depth) == ["a.9", "a.10", "a.x", "b"]
     with pytest.raises(ValueError, match=r"a weight of the shape \(3,\) is no matrix"):
         kind((3,))
@@ -411,7 +411,9 @@ def study(tmp_path, monkeypatch):
     store.append(a_run("lora", 1, tmp_path, {n: -2 * u for n, u in updates.items() if "deep" not in n} | zero))
     store.append(a_run("peft-lora", 1, tmp_path, {}))
     store.append({"kind": "run", "id": "no file", "task": "t", "method": "flora", "seed": 1, "steps": 60})
-    monkeypatch.setattr(distortion, "QUICK", distortion.Extent(1, ("tucker",), (12, 10, 3, 3), 1, (0.16,)))
+    monkeypatch.setattr(
+        distortion, "QUICK", distortion.Extent(dict.fromkeys(KINDS, 1), ("tucker",), (12, 10, 3, 3), 1, (0.16,))
+    )
     monkeypatch.setattr(distortion, "METHODS", {name: METHODS[name] for name in ("lora", "flora", "circulant")})
     return store
 

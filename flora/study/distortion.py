@@ -34,7 +34,7 @@ from torch import Tensor
 
 from flora.finetune.data import require
 from flora.study.approximations import COPIES, METHODS, Approximation, Fit, TooFewParametersError
-from flora.study.layers import chosen, in_depth, kind
+from flora.study.layers import KINDS, chosen, in_depth, kind
 from flora.study.plan import SHARE
 from flora.study.records import Record, Store, digest
 from flora.study.structure import Distortion, Mode, Reference, cosine, modes
@@ -54,15 +54,17 @@ _VERSION = 1  # of the procedure: a line of another one is measured again
 class Extent:
     """How much is measured: layers of each kind a task; synthetic targets, their shape and draws; budgets."""
 
-    layers: int
+    layers: Mapping[str, int]
     synthetic: tuple[str, ...]
     shape: tuple[int, ...]
     draws: int
     shares: tuple[float, ...]
 
 
-WHOLE = Extent(2, tuple(one.name for one in SYNTHETIC), (64, 48, 3, 3), 2, BUDGETS)
-QUICK = Extent(1, ("tucker", "matrix"), (24, 16, 3, 3), 1, (SHARE, 0.16))
+_LAYERS = {"pointwise": 2, "depthwise": 2, "full": 4, "linear": 2}  # a full kernel is what has structure to lose
+
+WHOLE = Extent(_LAYERS, tuple(one.name for one in SYNTHETIC), (64, 48, 3, 3), 2, BUDGETS)
+QUICK = Extent(dict.fromkeys(KINDS, 1), ("tucker", "matrix"), (24, 16, 3, 3), 1, (SHARE, 0.16))
 
 
 @dataclass(frozen=True)

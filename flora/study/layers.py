@@ -21,14 +21,14 @@ def kind(shape: Sequence[int]) -> str:
     return "depthwise" if shape[1] == 1 else "full"
 
 
-def chosen(shapes: Mapping[str, Sequence[int]], each: int, largest: int) -> list[str]:
-    """Names of ``each`` layers of every kind, spread evenly over the network's depth; those with more than ``largest``
+def chosen(shapes: Mapping[str, Sequence[int]], each: Mapping[str, int], largest: int) -> list[str]:
+    """Names of so many layers of each kind, spread evenly over the network's depth; those with more than ``largest``
     entries are passed over. Layers are in the order of the numbers in their names."""
     names = sorted((name for name, shape in shapes.items() if math.prod(shape) <= largest), key=in_depth)
     found = []
     for one in KINDS:
         alike = [name for name in names if kind(shapes[name]) == one]
-        count = min(each, len(alike))
+        count = min(each[one], len(alike))
         found += [alike[(2 * i + 1) * len(alike) // (2 * count)] for i in range(count)]
     return found
 
