@@ -202,7 +202,8 @@ def _of_settings(
 def _edges(results: Results) -> list[str]:
     """Which learning rates might have gone further."""
     found: dict[str, list[str]] = {}
-    for task in results.main_tasks():
+    more = results.main_tasks("networks") if results.main == "core" else []
+    for task in dict.fromkeys((*results.main_tasks(), *more)):
         for method in MAIN_METHODS:
             outcome = results.standard(task, method)
             if outcome is not None and outcome.edge is not None:
