@@ -161,10 +161,13 @@ def _beside(plain: str, found: Iterable[tuple[Mapping[str, Any], Contrast]]) -> 
     """Sentences on what settings change beside the plain one."""
     clear: list[str] = []
     unclear: list[str] = []
+    identical: list[str] = []
     better = False
     for options, contrast in found:
         estimate = contrast.here
-        if estimate.sign:
+        if contrast.identical:
+            identical.append(setting(options))
+        elif estimate.sign:
             better |= estimate.sign > 0
             change = "gains" if estimate.sign > 0 else "costs"
             clear.append(f"{setting(options)} {change} {abs(estimate.mean):.1f} points ({spanned(estimate)})")
@@ -173,6 +176,8 @@ def _beside(plain: str, found: Iterable[tuple[Mapping[str, Any], Contrast]]) -> 
     said = [f"beside {plain}, {listed(clear)}."] if clear else []
     if unclear:
         said.append(f"{'N' if clear else 'n'}ot to be told from {plain}: {'; '.join(unclear)}.")
+    if identical:
+        said.append(f"{listed(identical)}: every run scored as it does with {plain}, as if nothing had been changed.")
     if clear and not better:
         said.append(f"Nothing that was tried is clearly better than {plain}.")
     return " ".join(said)
