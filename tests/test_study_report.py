@@ -301,6 +301,17 @@ def test_a_delta_that_has_fitted_less_is_told_from_one_that_generalises_worse():
     assert text_of(lines).split("| training loss |", 1)[1].count("| FLoRA | 0.1 | 0.2 | 0.1 |") == 1
 
 
+def test_a_setting_that_changes_no_run_is_not_taken_for_a_small_difference():
+    lines = study(["core", "networks", "batch-norm"])
+    plain = {(x["task"], x["method"], x["seed"]): x for x in lines if x.get("stage") == "final" and not x["options"]}
+    for line in lines:
+        if line.get("options") == {"batch_norm": "moving"} and line["method"] == "flora":
+            line["test"] = plain[line["task"], "flora", line["seed"]]["test"]
+    text = text_of(lines)
+    assert "BatchNorm, FLoRA: statistics move: every run scored as it does with held statistics" in text
+    assert "BatchNorm, LoRA: statistics move: every run" not in text
+
+
 def test_a_task_without_room_is_named():
     lines = study(["core"], gains=lambda run: 9.0 * (run.method == "head" and run.task == "digits"))
     assert "On digits full fine-tuning is less than 5 points above the classifier alone" in text_of(lines)

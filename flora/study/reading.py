@@ -161,10 +161,13 @@ def _beside(plain: str, found: Iterable[tuple[Mapping[str, Any], Contrast]]) -> 
     """Sentences on what settings change beside the plain one."""
     clear: list[str] = []
     unclear: list[str] = []
+    identical: list[str] = []
     better = False
     for options, contrast in found:
         estimate = contrast.here
-        if estimate.sign:
+        if contrast.identical:
+            identical.append(setting(options))
+        elif estimate.sign:
             better |= estimate.sign > 0
             change = "gains" if estimate.sign > 0 else "costs"
             clear.append(f"{setting(options)} {change} {abs(estimate.mean):.1f} points ({spanned(estimate)})")
@@ -173,6 +176,8 @@ def _beside(plain: str, found: Iterable[tuple[Mapping[str, Any], Contrast]]) -> 
     said = [f"beside {plain}, {listed(clear)}."] if clear else []
     if unclear:
         said.append(f"{'N' if clear else 'n'}ot to be told from {plain}: {'; '.join(unclear)}.")
+    if identical:
+        said.append(f"{listed(identical)}: every run scored as it does with {plain}, as if nothing had been changed.")
     if clear and not better:
         said.append(f"Nothing that was tried is clearly better than {plain}.")
     return " ".join(said)
@@ -202,7 +207,8 @@ def _of_settings(
 def _edges(results: Results) -> list[str]:
     """Which learning rates might have gone further."""
     found: dict[str, list[str]] = {}
-    for task in results.main_tasks():
+    more = results.main_tasks("networks") if results.main == "core" else []
+    for task in dict.fromkeys((*results.main_tasks(), *more)):
         for method in MAIN_METHODS:
             outcome = results.standard(task, method)
             if outcome is not None and outcome.edge is not None:

@@ -360,10 +360,16 @@ def _budgets(results: Results, part: Part) -> Section:
 
 {table(["", *tasks, f"rank ({'; '.join(tasks)})"], rows)}
 
-The drawing at the top of the page has these, too. Paired differences in points, with {100 * LEVEL:g} % intervals:
+{shown("budgets", "Test accuracy over the trainable parameters of the deltas, on the tasks of this part")}
+
+Paired differences in points, with {100 * LEVEL:g} % intervals:
 
 {table(["", *tasks, "these tasks"], beside)}"""
-    return Section(text)
+    lines: dict[str, dict[str, list[Outcome]]] = {}
+    for task in tasks:
+        known = _present(results, task, MAIN_METHODS)
+        lines[task] = {method: [outcome, *_other_budgets(results, task, method)] for method, outcome in known.items()}
+    return Section(text, {"budgets": figures.over_parameters(lines, TITLES)})
 
 
 def _variants(results: Results, part: Part) -> Section:

@@ -72,6 +72,11 @@ class Contrast:
 
     differences: Mapping[str, Sequence[float]]
 
+    @property
+    def identical(self) -> bool:
+        """Whether every run of the one scored as its twin did: the two do the same, or one of them not what it says."""
+        return not any(any(values) for values in self.differences.values())
+
     def on(self, task: str) -> Estimate:
         """On one task, over its seeds."""
         return interval(self.differences[task])
