@@ -150,21 +150,14 @@ def use(who):
     os.write(1, who)
 
 class Last:
-    def __init__(self):
-        self.cycle = self
-        self.use = use
-    def __del__(self):
-        self.use(b"del ")
-
-class Unseen:  # by the collector of cycles
-    __slots__ = ()
+    __slots__ = ()  # so that the collector of cycles does not see it, and it goes after what does
     def __del__(self, call=_core.tucker_reconstruct, out=numpy.zeros(64), ones=numpy.ones(64), write=os.write):
         call(out, None, ones, [None], 2.0)
-        write(1, b"unseen ")
+        write(1, b"del ")
 
-last, unseen = Last(), Unseen()
-builtins.unseen = Unseen()
-weakref.finalize(last, use, b"finalize ")
+last = Last()
+builtins.last = Last()
+weakref.finalize(model, use, b"finalize ")
 atexit.register(use, b"atexit ")
 
 def late():
@@ -179,7 +172,7 @@ def test_live_objects_at_the_end_of_the_interpreter():
     told = python(PRELUDE + AT_THE_END).split()
     assert told[0] == "thread"  # not a daemon's: it is waited for
     assert sorted(told[1:3]) == ["atexit", "finalize"]
-    assert sorted(told[3:]) == ["del", "unseen", "unseen"]
+    assert told[3:] == ["del", "del"]
 
 
 DAEMONS = """
