@@ -127,6 +127,11 @@ static flora_status check(problem *p, const flora_view *first, const char *name,
     return FLORA_OK;
 }
 
+/* Whether the weight has no elements; its other extent may be any then. */
+static int is_empty(const problem *p) {
+    return p->inner->count == 0 || p->outer->count == 0;
+}
+
 /* Scratch ---------------------------------------------------------------------------------------------------------- */
 
 static void reserve_values(problem *p) {
@@ -191,7 +196,7 @@ flora_status flora_rescale_reconstruct(const flora_view *out, const flora_view *
     const flora_named outputs[] = {{out, "out"}};
     const flora_named inputs[] = {
         {same_place(out, weight) ? NULL : weight, "weight"}, {row, "row"}, {column, "column"}};
-    if ((status = flora_expect_disjoint(outputs, 1, inputs, 3, error)) != FLORA_OK)
+    if ((status = flora_expect_disjoint(outputs, 1, inputs, 3, error)) != FLORA_OK || is_empty(&p))
         return status;
     reserve_values(&p);
     if ((status = flora_allocate(&p.scratch, error)) != FLORA_OK)
@@ -220,6 +225,11 @@ static void gather(const problem *p, void *room, const char *base, flora_dtype d
                            flora_pixel_stride(outer), flora_pixel_stride(inner), across, run);
         }
     }
+}
+
+static void clear(const problem *p, const flora_view *vector) {
+    for (int64_t j = 0; vector != NULL && j < vector->shape[0]; j++)
+        set(p, vector->data, j * vector->strides[0], 0.0);
 }
 
 static int has_lines(const flora_pixels *inner) {
@@ -302,6 +312,11 @@ flora_status flora_rescale_backward(const flora_view *d_row, const flora_view *d
     const flora_named inputs[] = {{d_weight, "d_weight"}, {weight, "weight"}, {row, "row"}, {column, "column"}};
     if ((status = flora_expect_disjoint(outputs, 2, inputs, 4, error)) != FLORA_OK)
         return status;
+    if (is_empty(&p)) {
+        clear(&p, d_row);
+        clear(&p, d_column);
+        return FLORA_OK;
+    }
     const size_t size = p.kernels->real_size;
     const int64_t outer_w = flora_round_up(p.outer->count, p.kernels->lanes);
     flora_scratch room = {.size = 0};

@@ -721,6 +721,14 @@ def test_strides_that_no_element_follows():
     assert (out.deleted, weight.deleted, empty.deleted) == (1, 1, 1)
 
 
+def test_an_empty_weight_is_rescaled_at_once():
+    weight, column = torch.empty(2**40, 0), torch.full((3,), GUARD)
+    _core.rescale_reconstruct(weight, weight, None, None, 1.0)
+    _core.rescale_backward(None, column[:0], weight, weight, None, torch.empty(0), 1.0)
+    _core.rescale_backward(None, column, torch.empty(0, 3), torch.empty(0, 3), None, torch.ones(3), 1.0)
+    assert not column.any()
+
+
 def test_extents_of_an_empty_array_that_overflow_are_refused():
     for array in (torch.empty(2**40, 0, 2**40), Producer(shape=(2**62, 0, 2), strides=None)):
         with pytest.raises(ValueError, match="weight has extents whose size in bytes overflows"):

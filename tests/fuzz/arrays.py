@@ -106,7 +106,7 @@ class Arrangement:
                 return self.array()
             if standing == "wrapped":
                 return Wrapped(self.array() if random.random() < 0.5 else self.tensor())
-        except ValueError:
+        except (ValueError, RuntimeError):  # of NumPy and torch
             pass
         if standing == "exchange":
             return self.producer(EXCHANGE)

@@ -609,7 +609,7 @@ def meddled(case: Case) -> None:
     case.stand(asked, Meddling())
     if how in ("replaced", "dropped"):
         return
-    case.hopeless = values.numel() > 0 and (how != "grown" or (values.ndim > 0 and bool(case.outputs)))
+    case.hopeless = values.numel() > 0 and how != "grown"  # which may fit as well
     case.free = not case.hopeless
 
 
@@ -829,4 +829,4 @@ def resized(case: Case) -> None:
             case.stand(name, slot.producer(shape=shape, strides=None))
         else:
             case.stand(name, slot.producer(shape=shape, strides=[0] * len(shape)))
-    case.changed, case.free = True, new >= 2**22
+    case.changed, case.free, case.beyond_twin = True, new >= 2**22, new == 0
