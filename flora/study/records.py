@@ -50,11 +50,11 @@ class Store:
         """Adds a line. Raises OSError if it cannot be written, ValueError for numbers that JSON has not."""
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = self._whole()
-        with self.path.open("ab") as file:
-            file.truncate(len(whole))
+        content = self.path.read_bytes() if self.path.exists() else b""
+        with self.path.open("ab", buffering=0) as file:  # one write at the end, so that other processes may add, too
+            if content and not content.endswith(b"\n"):
+                file.truncate(content.rfind(b"\n") + 1)
             file.write(line)
-            file.flush()
             os.fsync(file.fileno())
 
     def _whole(self) -> bytes:
