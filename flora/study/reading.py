@@ -122,7 +122,9 @@ def _budgets(results: Results) -> list[str]:
         )
         if found is not None:
             first, second = (f"FLoRA with {100 * s:g} % of the weights" for s in (share, SHARE))
-            said.append(f"Rank: {verdict(first, second.replace('FLoRA ', 'one '), found.here)}.")
+            said.append(
+                f"Rank: {verdict(first, second.replace('FLoRA ', 'one '), found.here)}, on {listed(found.differences)}."
+            )
     gains = []
     for share in sorted({*shares, SHARE}) if shares else []:
         found = results.contrast(
@@ -170,7 +172,9 @@ def _beside(plain: str, found: Iterable[tuple[Mapping[str, Any], Contrast]]) -> 
         elif estimate.sign:
             better |= estimate.sign > 0
             change = "gains" if estimate.sign > 0 else "costs"
-            clear.append(f"{setting(options)} {change} {abs(estimate.mean):.1f} points ({spanned(estimate)})")
+            tasks = ", ".join(f"{signed(contrast.on(task).mean)} on {task}" for task in contrast.differences)
+            by_task = f"; {tasks}" if len(contrast.differences) > 1 else ""
+            clear.append(f"{setting(options)} {change} {abs(estimate.mean):.1f} points ({spanned(estimate)}{by_task})")
         else:
             unclear.append(f"{setting(options)} ({signed(estimate.mean)}, {spanned(estimate)})")
     said = [f"beside {plain}, {listed(clear)}."] if clear else []
