@@ -411,9 +411,8 @@ flora_status flora_layer_backward(const flora_layer *layer, char *error) {
     if (p.dots != NULL && !layer->pointwise && needs_h && !empty)
         flora_plan_h_copies(&p, layer->d_core != NULL);
     p.d_u_in = flora_reserve(&sums, layer->d_u_in != NULL ? flora_round_up(layer->c_in, p.lanes) : 0, p.in_w, 1, real);
-    if (p.windows) /* rows to spare, which are read to the end of the last square */
-        p.d_core =
-            flora_reserve(&sums, layer->d_core != NULL ? layer->r_out * layer->taps + p.lanes : 0, p.in_w, 1, real);
+    if (p.windows)
+        p.d_core = flora_reserve(&sums, layer->d_core != NULL ? layer->r_out * layer->taps : 0, p.in_w, 1, real);
     else
         p.d_core = flora_reserve(&sums, layer->d_core != NULL ? layer->taps : 0, layer->r_in, p.out_w, real);
     p.d_u_out = flora_reserve(&sums, layer->d_u_out != NULL ? flora_round_up(layer->groups * layer->c_out, p.lanes) : 0,

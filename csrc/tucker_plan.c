@@ -239,8 +239,11 @@ void flora_plan_rooms(flora_plan *p, int64_t line_taps) {
         p->window = flora_reserve(&room, p->window_pixels, p->h_stride[p->layer->ndim - 1], 1, real);
         p->line = flora_reserve(&room, p->kernels->act_size == real ? 0 : p->layer->c_in, p->tile, 1, real);
     }
-    if (p->windows && p->layer->d_core != NULL)
-        p->turned_taps = flora_reserve(&room, p->tile, flora_round_up(p->layer->taps, p->lanes), 1, real);
+    if (p->windows && p->layer->d_core != NULL) {
+        const int64_t taps = flora_round_up(p->layer->taps, p->lanes);
+        p->summed_taps = flora_reserve(&room, taps, p->tile, 1, real);
+        p->turned_taps = flora_reserve(&room, p->tile, taps, 1, real);
+    }
     p->line_taps_dk = flora_reserve(&room, line_taps, 1, 1, sizeof(int64_t));
     p->line_taps_core = flora_reserve(&room, line_taps, 1, 1, sizeof(int64_t));
     p->room_size = (int64_t)room.size;

@@ -70,7 +70,7 @@ typedef struct {
     size_t rooms, sums;
     int64_t room_size, sums_size;                                 /* bytes */
     size_t h_tile, k_tile, dk_tile, dh_tile, turned, block, span; /* within a room */
-    size_t line_taps_dk, line_taps_core, runs_h, runs_dk, window, line, turned_taps;
+    size_t line_taps_dk, line_taps_core, runs_h, runs_dk, window, line, summed_taps, turned_taps;
     int64_t dh_w; /* the row width of dh's tile: in_w, or of the input channels that are taken at a time */
     /* within the sums: (c_in, in_w), (taps, r_in, out_w), or of windows (r_out, taps, in_w), and (groups · c_out,
      * out_w), or as turned_sums says */

@@ -166,12 +166,11 @@ void flora_add_up_long_core(const flora_plan *p, int chunk, int64_t begin, int64
         char *sums = reals(p, in_sums(p, 0, p->d_core), i * taps * p->in_w);
         for (int64_t c = 0; dense && c < layer->c_in; c += p->tile) {
             const int64_t count = flora_min(p->tile, layer->c_in - c), width = flora_round_up(taps, p->lanes);
-            void *room = in_room(p, chunk, p->turned_taps),
+            void *summed = in_room(p, chunk, p->summed_taps), *turned = in_room(p, chunk, p->turned_taps),
                  *to = reals(p, d_core->data, i * d_core->strides[0] + c * d_core->strides[1]);
-            p->kernels->sum(reals(p, sums, c), p->in_w, 1, reals(p, sums, c), p->in_w, p->chunks, part, taps, count,
-                            1.0);
-            p->kernels->transpose(room, width, reals(p, sums, c), p->in_w, taps, count);
-            p->kernels->copy(to, d_core->strides[1], room, width, 1, count, taps);
+            p->kernels->sum(summed, p->tile, 1, reals(p, sums, c), p->in_w, p->chunks, part, taps, count, 1.0);
+            p->kernels->transpose(turned, width, summed, p->tile, taps, count);
+            p->kernels->copy(to, d_core->strides[1], turned, width, 1, count, taps);
         }
         for (int64_t tap = 0; !dense && tap < taps; tap++)
             p->kernels->sum(reals(p, d_core->data, i * d_core->strides[0] + flora_core_tap(layer, d_core, tap)), 0,

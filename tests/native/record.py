@@ -131,6 +131,10 @@ def large(function, sizes, dtype):
     return Call.of_case(case)
 
 
+# The squares in which a thread turned its rows of this core's gradient reached into another thread's.
+SHARED_SQUARES = (2, 1, 5, 3, None, 4, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), "zeros", (6, 7))
+
+
 # The authors' numbers ------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +262,7 @@ def main():
         if options.golden:
             write(authors())
         if options.examples:
+            write(large("tucker_conv_backward", SHARED_SQUARES, dtype) for dtype in DTYPES)
             for function in kernels.BUILDERS:
                 for dtype in DTYPES:
                     write(drawn(function, dtype, options.examples, options.seed))
