@@ -42,7 +42,7 @@ soak: $(BUILT)  ## twenty minutes of adapters at random beside plain twins, then
 crash-saves: $(BUILT)  ## saves that are killed, that find the disk full, that run at once; as root also on a disk of its own
 	$(BIN)/python tests/crash_saves.py $(ARGS)
 
-fuzz: $(BUILT)  ## forged arrays and spoilt adapter files; ten minutes on two cores. ARGS="--seed 7" for other ones
+fuzz: $(BUILT)  ## forged arrays and spoilt adapter files. ARGS="--seed 7" for other ones
 	$(BIN)/python tests/fuzz --cases 200000 $(ARGS)
 	$(BIN)/python tests/fuzz --what files --cases 20000 $(ARGS)
 
