@@ -267,6 +267,14 @@ def test_ids_depend_on_what_is_run_alone():
     assert digest(a=1, b=2) == digest(b=2, a=1) != digest(a=1, b=3)
 
 
+def test_peft_computes_what_the_network_does_before_it_learns():
+    x = torch.rand(2, 3, 16, 16)
+    model = Small(2).eval()
+    before = model(x)
+    made = METHODS["peft-lora"].prepare(model, NETWORK, 0.5, {}).model
+    torch.testing.assert_close(made.eval()(x), before)
+
+
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
@@ -452,6 +460,13 @@ def test_wrong_options_are_one_sentence(tmp_path):
         assert done.returncode == 2
         assert said in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_fails_is_named(tmp_path):
+    """This one on a task that there is not."""
+    wanted = [Comparison("core", "toy", "head", None, 60, lrs=(1e-3,), seeds=(1,))]
+    with pytest.raises(RuntimeError, match="head on toy, seed 0: 'toy'"):
+        list(runs.carried_out(Place(None, tmp_path), wanted, {}, 1))
 
 
 def test_a_killed_study_leaves_no_process_and_goes_on_where_it_was(tmp_path):

@@ -84,8 +84,8 @@ def stock_convolutions(model: nn.Module) -> list[str]:
     PEFT builds its adapter as another instance of the layer's class, which fails for self-padding convolutions; so they
     become a padding and a stock convolution, which is the same function.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    for name, layer in layers.items():
+    own = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and type(m) is not nn.Conv2d}
+    for name, layer in own.items():
         model.set_submodule(name, _stock(layer))
     return [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
 

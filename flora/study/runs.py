@@ -120,7 +120,7 @@ def carried_out(
 ) -> Iterator[Record]:
     """Does what is missing, ``jobs`` at once, and yields each line as it comes; ``done`` learns of it.
 
-    Raises RuntimeError if a process dies.
+    Raises RuntimeError, naming the run, if one fails or a process dies.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet_worker) as pool:
@@ -134,7 +134,13 @@ def carried_out(
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    record = future.result()
+                    run = running[future]
+                    try:
+                        record = future.result()
+                    except BrokenProcessPool:
+                        raise
+                    except Exception as error:
+                        raise RuntimeError(f"{run.method} on {run.task}, seed {run.seed}: {error}") from error
                     del running[future]
                     done[record["id"]] = record
                     yield record
