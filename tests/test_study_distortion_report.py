@@ -17,14 +17,9 @@ def target(name, kind, task, values=(0.9, 0.3)):
     shape = SHAPES[kind]
     modes = [None if extent == 1 else list(values) for extent in shape]
     about = {"target": name, "task": task, "layer": name.split("/")[1], "layer_kind": kind, "shape": shape}
-    return {
-        "kind": "distortion",
-        "id": name,
-        "part": "target",
-        **about,
-        "parameters": math.prod(shape),
-        "values": modes,
-    }
+    about |= {"parameters": math.prod(shape), "values": modes}
+    about["leading"] = [None if extent == 1 else extent // 3 for extent in shape]
+    return {"kind": "distortion", "id": name, "part": "target", **about}
 
 
 def point(share, kind, error, filled=1.0, setting="rank 8×8×3×2"):
