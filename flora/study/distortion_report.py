@@ -29,7 +29,7 @@ PAPER = 37
 _COMPARED = ("lora", "locon", "flora")
 _NONE = "–"
 _FILLED = 0.98  # of a budget: what is below is said
-_OWN_TITLES = {"flora-ranks": "FLoRA, ranks chosen for the target", "loha": "LoHa", "lokr": "LoKr"}
+_OWN_TITLES = {"flora-ranks": "FLoRA of chosen ranks", "loha": "LoHa", "lokr": "LoKr"}
 _OWN_STYLES = {"flora-ranks": (VERMILION, "x"), "loha": STYLES["peft-loha"], "lokr": STYLES["peft-lokr"]}
 _KIND_TITLES = {
     "full": "full kernels",
@@ -244,13 +244,14 @@ def _verdicts(kind: str, group: Group) -> str:
 def _compared(first: str, second: str, ratio: Estimate) -> str:
     """The sentence on a mean logarithm of two errors' ratio."""
     change = _change(ratio.mean)
+    first, second = (f"the error of {name}" for name in (first, second))
     if ratio.low is None or ratio.high is None:
-        return f"{first}'s error is {_signed(change)} % beside {second}'s, on too few updates to say more"
+        return f"{first} is {_signed(change)} % beside {second}, on too few updates to say more"
     span = f"{_percent(LEVEL)} interval {_signed(_change(ratio.low))} to {_signed(_change(ratio.high))} %"
     if ratio.sign == 0:
-        return f"{first}'s error cannot be told from {second}'s ({_signed(change)} %, {span})"
+        return f"{first} cannot be told from {second} ({_signed(change)} %, {span})"
     how = "below" if ratio.sign < 0 else "above"
-    return f"{first}'s error is {abs(change):.1f} % {how} {second}'s ({span})"
+    return f"{first} is {abs(change):.1f} % {how} {second} ({span})"
 
 
 def _against_the_paper(group: Group | None) -> str:
@@ -281,8 +282,12 @@ def _ranks(group: Group | None) -> str:
             found.append(ranks == kernel)
     if not found:
         return ""
+    free = [
+        _compared(title(m), "LoRA", r) for m in ("flora-ranks", "locon") if (r := group.ratio(m, "lora")) is not None
+    ]
     return (
-        f"\nWith a rank for each mode that was chosen for the target, {sum(found)} of the {len(found)} approximations "
+        (f"\nWith other ranks of the modes, {' and '.join(free)}." if free else "")
+        + f"\nWith ranks that were chosen for the target, {sum(found)} of the {len(found)} approximations "
         "of full kernels keep the kernel's modes whole, and the others pay for more channel ranks by cutting one or "
         f"both; FLoRA's default cuts both to {TuckerConfig().kernel_rank}."
     )
