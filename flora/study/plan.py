@@ -79,7 +79,8 @@ class Comparison:
         return [self._run(seed, best.lr, "final") for seed in self.seeds]
 
     def _run(self, seed: int, lr: float, stage: str) -> Run:
-        keep = self.keep_updates and stage == "final" and seed == self.seeds[0]
+        seeds = self.seeds[:2] if self.method == "full" else self.seeds[:1]  # two of those that others are compared to
+        keep = self.keep_updates and stage == "final" and seed in seeds
         return Run(self.task, self.method, self.share, seed, lr, self.steps, stage, self.options, keep)
 
 
