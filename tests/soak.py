@@ -40,7 +40,7 @@ from flora.model import adapted_layers
 
 OPERATIONS = 40  # of an episode
 MOST_ADAPTERS = 4
-TIMES = 4  # as far away as plain PyTorch, and so many unit roundoffs of the norm
+TIMES = 10  # as far away as plain PyTorch, and so many unit roundoffs of the norm: a transform rounds more than sums do
 
 
 class MismatchError(AssertionError):
