@@ -9,7 +9,7 @@ from typing import Any
 from flora.study.records import Record, digest
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-MIDDLE_RATES = LEARNING_RATES[2:6]  # where every delta's best one lies: the grid of the parts after the first two
+MIDDLE_RATES = LEARNING_RATES[2:6]  # where the best one of LoRA, LoCon and FLoRA lies, whatever their settings
 SEARCH_SEED = 0
 SEEDS = (1, 2, 3)
 SHARE = 0.04  # of the adapted weights' entries, as trainable parameters
@@ -134,7 +134,7 @@ def comparisons(parts: Sequence[str], tasks: dict[str, int]) -> Iterator[Compari
     if "methods" in parts:
         for task in narrow:
             for method in OTHER_METHODS:
-                yield one("methods", task, method, lrs=MIDDLE_RATES, keep_updates=True)
+                yield one("methods", task, method, keep_updates=True)
     if "budgets" in parts:
         for task in narrow:
             yield from budgets("budgets", task)
@@ -146,7 +146,7 @@ def comparisons(parts: Sequence[str], tasks: dict[str, int]) -> Iterator[Compari
     if "texts" in parts and text is not None:
         yield from budgets("texts", text)
         for method in OTHER_METHODS:
-            yield one("texts", text, method, lrs=MIDDLE_RATES, keep_updates=True)
+            yield one("texts", text, method, keep_updates=True)
         for method in MAIN_METHODS if "polarity" in tasks and text != "polarity" else ():
             yield one("texts", "polarity", method, keep_updates=True)
 
