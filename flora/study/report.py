@@ -650,9 +650,12 @@ def _machine(results: Results) -> Section:
             f"{about['cpu']} ({about.get('cpus')} CPUs{memory}, {about.get('system')}{kernels}){commit}; {versions}."
         )
     hours = sum(run["seconds"] for run in runs) / 3600
+    main = {run["id"]: run for o in results.part(results.main) for run in (*o.searched.values(), *o.finals)}
+    minutes = sum(run["seconds"] for run in main.values()) / 60
+    said = f"{len(runs)} runs took {hours:.1f} hours of one thread; the {len(main)} of the core, {minutes:.0f} minutes."
     text = f"""## Seeds, versions, machine
 
-{len(runs)} runs took {hours:.1f} hours of one thread. Search has seed {SEARCH_SEED}; the others are in the lines.
+{said} Search has seed {SEARCH_SEED}; the others are in the lines.
 
 {chr(10).join(lines)}"""
     return Section(text)
