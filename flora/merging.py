@@ -125,6 +125,7 @@ def merged(
         total_bias = shifted(bias, deltas, total.dtype)
         if blocks:
             total = kind.turned(total)
+            total_bias = None if total_bias is None else total_bias.to(total.dtype)
             for block in blocks:
                 total, total_bias = block.merged(total, total_bias)
             total = kind.turned(total)

@@ -54,7 +54,7 @@ def test_the_page_runs_as_one_program(tmp_path):
     program.write_text("\n".join(blocks("docs/distributed.md")))
     out = launch(TORCHRUN, program, cwd=tmp_path)
     assert "2 processes" in out
-    differences = [float(found) for found in re.findall(r"^tensor\(([\d.e-]+)\)$", out, re.MULTILINE)]
+    differences = [float(found) for found in re.findall(r"tensor\(([\d.e-]+)\)", out)]  # the two may share a line
     assert len(differences) == 2 and max(differences) < 1e-5
     assert out.count("tensor(True)") == 2
     assert flora.TuckerConfig is type(read_adapter(tmp_path / "adapter").config)

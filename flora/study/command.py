@@ -101,15 +101,17 @@ def _runs(args: argparse.Namespace, store: Store, place: Place, here: Record) ->
     planned = comparisons(["quick"] if args.quick else args.part, steps)
     wanted = [comparison for comparison in planned if args.task is None or comparison.task in args.task]
     done = {record["id"]: record for record in store.records("run")}
-    total = count(wanted)
-    known = {run.id for c in wanted for run in (*c.search(), *(c.final(done) or ()))}
-    with require("tqdm").tqdm(total=total, initial=len(known & done.keys()), unit="run", disable=args.quiet) as bar:
+
+    def finished() -> int:
+        return len({run.id for c in wanted for run in (*c.search(), *(c.final(done) or ()))} & done.keys())
+
+    with require("tqdm").tqdm(total=count(wanted), initial=finished(), unit="run", disable=args.quiet) as bar:
         for record in carried_out(place, wanted, done, args.jobs):
             if not store.has(here["id"]):
                 store.append(here)
             store.append(record | {"environment": here["id"]})
             bar.set_description(f"{record['method']} on {record['task']}, {record['stage']}")
-            bar.update()
+            bar.update(finished() - bar.n)
 
 
 def environment(jobs: int) -> Record:
