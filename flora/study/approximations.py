@@ -7,6 +7,7 @@ of some parameters. Where the best ones are known by a formula they are set, and
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -80,23 +81,23 @@ class Fit:
     how: str
 
 
-class Approximation:
+class Approximation(ABC):
     """A parametrisation of the update of one weight."""
 
+    @abstractmethod
     def sizes(self, target: Tensor, parameters: int) -> list[Size]:
         """What `COPIES` layers of the target's shape get for ``parameters`` each: one size, or two.
 
         Raises TooFewParametersError if the method needs more.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def fit(self, target: Tensor, setting: Any, seed: int) -> Fit:
         """The best approximation of a target, float64, that a setting has."""
-        raise NotImplementedError
 
+    @abstractmethod
     def label(self, setting: Any) -> str:
         """The setting, for a reader."""
-        raise NotImplementedError
 
 
 # flora's own ---------------------------------------------------------------------------------------------------------

