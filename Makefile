@@ -16,7 +16,7 @@ SANITIZED_TESTS := $(wildcard $(addprefix tests/test_,kernels.py boundary.py fun
 
 .DEFAULT_GOAL := build
 .PHONY: build test test-slow zoo distributed peft-suite soak crash-saves fuzz leaks lint format docs demo bench study \
-  sanitize native native-asan native-tsan native-valgrind cross native-clang native-aarch64 clean
+  sanitize sanitize-fuzz native native-asan native-tsan native-valgrind cross native-clang native-aarch64 clean
 
 build: $(BUILT)  ## the extension, in place, with warnings as errors
 
@@ -76,13 +76,18 @@ study: $(BUILT)  ## FLoRA beside other methods on real tasks; hours. ARGS="--qui
 
 # A build of its own beside the normal one. The tests run from its folder, so that it is the one they import. What Python
 # itself never frees is no leak of ours, and freed memory is held only briefly, as some tests watch the process grow.
+SANITIZED_PYTHON = cd $(SANITIZED)/lib && export PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib UBSAN_OPTIONS=halt_on_error=1 \
+  ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=8 \
+  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" && \
+  $(CURDIR)/$(BIN)/python -c 'import flora._core as c; assert "$(SANITIZED)" in c.__file__, c.__file__' && \
+  $(CURDIR)/$(BIN)/python
+
 sanitize: $(SANITIZED)/.built  ## the tests of the kernels and the boundary under AddressSanitizer and UndefinedBehaviorSanitizer
-	cd $(SANITIZED)/lib && export PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib UBSAN_OPTIONS=halt_on_error=1 \
-	  ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=8 \
-	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" && \
-	  $(CURDIR)/$(BIN)/python -c 'import flora._core as c; assert "$(SANITIZED)" in c.__file__, c.__file__' && \
-	  $(CURDIR)/$(BIN)/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
-	    $(addprefix $(CURDIR)/,$(SANITIZED_TESTS)) $(ARGS)
+	$(SANITIZED_PYTHON) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
+	  $(addprefix $(CURDIR)/,$(SANITIZED_TESTS)) $(ARGS)
+
+sanitize-fuzz: $(SANITIZED)/.built  ## forged arrays under both sanitizers. ARGS="--cases 200000 --seed 7"
+	$(SANITIZED_PYTHON) $(CURDIR)/tests/fuzz $(ARGS)
 
 $(SANITIZED)/.built: $(INSTALLED) $(SOURCES)
 	rm -rf $(SANITIZED)

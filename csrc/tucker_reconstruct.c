@@ -236,8 +236,6 @@ static void factor_gradient(const problem *p, const void *t, const void *m, int6
                         .m = d, .n = r, .k = P, .a = t, .a_m = 1, .a_k = d, .b = m, .b_k = r, .c = d_u, .c_m = r_w});
         return;
     }
-    if (P == 0)
-        memset(d_u, 0, (size_t)(d * r_w) * p->kernels->real_size);
     for (int64_t i = 0; i < P; i++) {
         p->kernels->pack(at(p, p->packed), r_w, reals(p, m, i * r * Q), 1, Q, Q, r, 1.0);
         multiply(p, (flora_gemm){.m = d,
@@ -464,6 +462,18 @@ static void store_gradient(const problem *p, const flora_view *d_view) {
                     0, d_view->shape[0], d_view->shape[1], p->scale);
 }
 
+static void clear(const problem *p, const flora_view *view) {
+    if (view == NULL)
+        return;
+    const size_t size = p->kernels->real_size;
+    const flora_pixels elements = flora_pixels_of(view->ndim, view->shape, view->strides);
+    for (int64_t i = 0, run; i < elements.count; i += run) {
+        char *to = flora_at(view->data, flora_pixel_at(&elements, i, &run), size);
+        for (int64_t j = 0; j < run; j++)
+            memset(to + j * flora_pixel_stride(&elements) * (int64_t)size, 0, size);
+    }
+}
+
 /* T_0 (r_0, columns), contiguous: from T_0ᵀ, or d_weight itself where U_0 is the identity. */
 static void place_t_0(const problem *p, void *t) {
     const int64_t columns_w = padded(p, p->columns);
@@ -504,6 +514,14 @@ flora_status flora_tucker_reconstruct_backward(const flora_view *d_core, const f
     }
     if ((status = flora_expect_disjoint(outputs, 1 + order, inputs, 2 + order, error)) != FLORA_OK)
         return status;
+    int empty = 0;
+    for (int m = 0; m < order; m++)
+        empty |= p.dim[m] == 0 || p.rank[m] == 0;
+    if (empty) { /* all gradients are sums of nothing, and other extents may be any */
+        for (int i = 0; i < 1 + order; i++)
+            clear(&p, outputs[i].view);
+        return FLORA_OK;
+    }
 
     /* reserve: the largest T after T_0 is T_0 itself or grows with a rank above its dim */
     int64_t t_size = 1, widest = 0;
@@ -534,7 +552,6 @@ flora_status flora_tucker_reconstruct_backward(const flora_view *d_core, const f
         return status;
 
     /* the first mode */
-    const int empty = p.dim[0] == 0 || p.columns == 0; /* no element of d_weight: all gradients are zero */
     build_parts(&p, 0);
     if (p.needs_rows)
         p.kernels->transpose(at(&p, p.turned), p.rank_w, at(&p, p.parts[0]), p.columns, p.rank[0], p.columns);
@@ -542,12 +559,7 @@ flora_status flora_tucker_reconstruct_backward(const flora_view *d_core, const f
         p.kernels->pack(at(&p, p.u_0), p.rank_w, p.factors[0]->data, p.factors[0]->strides[0], p.factors[0]->strides[1],
                         p.dim[0], p.rank[0], 1.0);
     p.needs_columns = contracts;
-    if (empty) {
-        memset(at(&p, p.d_u), 0, (size_t)widest * real);
-        memset(at(&p, p.t_0), 0, contracts ? (size_t)(columns_w * p.rank_w) * real : 0);
-    } else {
-        flora_parallel(p.chunks, contract_chunk, &p);
-    }
+    flora_parallel(p.chunks, contract_chunk, &p);
     if (d_factors[p.mode[0]] != NULL)
         store_gradient(&p, d_factors[p.mode[0]]);
 

@@ -729,6 +729,22 @@ def test_an_empty_weight_is_rescaled_at_once():
     assert not column.any()
 
 
+def test_gradients_of_an_empty_weight_are_zero_at_once():
+    d_core, d_in = torch.full((3, 2), GUARD), torch.full((2**50, 0), GUARD)
+    core, wide = torch.ones(0, 0, 3, 2), torch.empty(2**50, 0)
+    _core.tucker_reconstruct_backward(
+        torch.empty(0, 0, 3, 2), [d_in, None, None, None], torch.empty(2**50, 0, 3, 2), core, [wide, None, None, None], 2.0
+    )
+    u_out, d_out = torch.ones(0, 3), torch.empty(0, 3)
+    _core.tucker_reconstruct_backward(d_core, [d_out, None], torch.empty(0, 2), torch.ones(3, 2), [u_out, None], 2.0)
+    assert (d_core == 0).all()
+    d_out, core, no_rank = torch.full((4, 2), GUARD), torch.empty(2, 0), torch.empty(2, 0)
+    _core.tucker_reconstruct_backward(
+        None, [d_out, torch.empty(2, 0)], torch.ones(4, 2), core, [torch.ones(4, 2), no_rank], 2.0
+    )
+    assert (d_out == 0).all()
+
+
 def test_extents_of_an_empty_array_that_overflow_are_refused():
     for array in (torch.empty(2**40, 0, 2**40), Producer(shape=(2**62, 0, 2), strides=None)):
         with pytest.raises(ValueError, match="weight has extents whose size in bytes overflows"):

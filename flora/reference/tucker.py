@@ -7,6 +7,7 @@ U_k (k, r_k) for each kernel mode, scale s. Source: FLoRA, arXiv 2405.14739.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -193,10 +194,10 @@ def tucker_conv_backward(
             xc = h.new_zeros(h.shape[0], groups * u_in.shape[0], *extent).requires_grad_()
         projected = pad_input(conv_project(xc, u_in, groups), padding, padding_mode)
         if h is not None and u_in is not None:
-            projected = _valued(projected, h)
+            projected = _Valued.apply(projected, h)
         k = conv_core(projected, reconstruct(c, [None, None, *u_k], 1.0), stride, dilation, groups)
         if h is not None and u_in is None:
-            k = _valued(k, h)
+            k = _Valued.apply(k, h)
         update = conv_expand(k, u_out, scale, groups)
         outputs = [(dx, xc), (d_core, c), *zip(d_factors, parts, strict=True)]
         sources = [source for _, source in outputs if source is not None]
@@ -208,9 +209,16 @@ def tucker_conv_backward(
                 out.copy_(out.to(core.dtype) + grad if out is dx else grad)
 
 
-def _valued(image: Tensor, h: Tensor) -> Tensor:
-    """The values of the caller's h with the graph of what they were computed as."""
-    return image + (h.movedim(-1, 1) - image).detach()
+class _Valued(torch.autograd.Function):
+    """The values of the caller's h (…, channels) with the graph of the image that they were computed as."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, h: Tensor) -> Tensor:
+        return h.movedim(-1, 1).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 def tucker_reconstruct(

@@ -13,7 +13,7 @@ from typing import Any
 import dlpack
 import numpy as np
 import torch
-from arrays import DLPACK, EXCHANGE, Arrangement, Wrapped
+from arrays import DLPACK, EXCHANGE, FILL, Arrangement, Wrapped
 from cases import Case
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -252,7 +252,7 @@ def shifted(case: Case) -> None:
     slot = case.slots[name]
     if 0 in slot.shape or slot.size == 1:
         raise NotApplicableError
-    slot.memory = np.concatenate([slot.memory, slot.memory[:16]])
+    slot.memory = np.concatenate([slot.memory, np.full(16, FILL, np.uint8)])
     slot.offset += case.random.randint(1, slot.size - 1)
     case.standing[name] = case.random.choice(("array", "versioned", "plain"))
     case.hopeless = (slot.memory.ctypes.data + slot.offset) % slot.size != 0
@@ -384,7 +384,7 @@ def byte_offset(case: Case) -> None:
         case.stand(name, slot.producer(byte_offset=offset))
         case.hopeless, case.free = 0 not in slot.shape, 0 in slot.shape
         return
-    slot.memory = np.concatenate([slot.memory, slot.memory[:16]])
+    slot.memory = np.concatenate([slot.memory, np.full(16, FILL, np.uint8)])
     slot.offset += offset
     case.stand(name, slot.producer(data=slot.address() - offset, byte_offset=offset))
     case.changed = True
@@ -681,7 +681,7 @@ def geometry(case: Case) -> None:
 def geometry_odd(case: Case) -> None:
     name = with_other(case, "stride", "padding", "dilation", "groups", "padding_mode")
     value = case.random.choice((*ODD[:9], 10**400))
-    if name not in ("groups", "padding_mode") and case.random.random() < 0.7:
+    if name not in ("groups", "padding_mode") and (isinstance(value, bytes) or case.random.random() < 0.7):
         values = list(case.template.others[name])
         values[case.random.randrange(len(values))] = value
         value = values
