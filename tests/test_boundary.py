@@ -729,6 +729,17 @@ def test_an_empty_weight_is_rescaled_at_once():
     assert not column.any()
 
 
+def test_a_layer_without_outputs():
+    """Its factor has no memory at all (NULL), which the sanitizers do not let pass as an argument of memcpy."""
+    dx, d_core, u_in = torch.ones(3, 8), torch.full((2, 2), GUARD), torch.ones(8, 2)
+    empty = Producer((0, 2), (2, 1), data=None)
+    _core.tucker_linear_backward(
+        dx, None, d_core, None, torch.empty(3, 0), torch.ones(3, 8), None, u_in, torch.ones(2, 2), empty, 1.0
+    )
+    assert (dx == 1).all()
+    assert (d_core == 0).all()
+
+
 def test_gradients_of_an_empty_weight_are_zero_at_once():
     d_core, d_in = torch.full((3, 2), GUARD), torch.full((2**50, 0), GUARD)
     core, wide = torch.ones(0, 0, 3, 2), torch.empty(2**50, 0)

@@ -23,6 +23,13 @@ FLORA_INLINE __m512bh broadcast_pair(const uint16_t *p) {
     return (__m512bh)_mm512_set1_epi32(pair);
 }
 
+/* Row r of a: two bases and three strides reach 8 rows by x86's ways of addressing, where an offset for each needs more
+ * registers than there are. */
+FLORA_INLINE const uint16_t *row(int r, const uint16_t *lower, const uint16_t *upper, int64_t a_m, int64_t thrice) {
+    const uint16_t *base = r < 4 ? lower : upper;
+    return r % 4 == 3 ? base + thrice : base + r % 4 * a_m;
+}
+
 /* Where n is one vector, even and odd pairs of k have sums of their own, as `rows` sums are fewer than the latency
  * needs. The rows of a that come next (a_next, if not NULL), or the panel of a bfloat16 c that does, are fetched
  * meanwhile. */
@@ -31,6 +38,8 @@ FLORA_INLINE void block(const int rows, const int vecs, const int act, const flo
     f32v sum[ROWS][2];
     const uint16_t *a = g->a + i * g->a_m, *b = g->b + 2 * j;
     const int64_t a_m = g->a_m, b_k = 2 * g->b_w, c_m = g->c_m, at = i * c_m + j;
+    int64_t thrice = 3 * a_m;
+    __asm__("" : "+r"(thrice)); /* see row() */
     const int64_t last = g->n - j - (vecs - 1) * LANES, width = last < LANES ? last : LANES;
     FLORA_UNROLL
     for (int r = 0; r < rows; r++) {
@@ -49,11 +58,12 @@ FLORA_INLINE void block(const int rows, const int vecs, const int act, const flo
                 (const uint16_t *)g->c_in + (j + 2 * LANES < g->n ? at + 2 * LANES : at - j + rows * c_m) + r * c_m, 1);
     }
     for (int64_t t = 0; t < g->taps; t++) {
-        const uint16_t *a_l = g->a_taps ? a + g->a_taps[t] : a;
+        const uint16_t *lower = g->a_taps ? a + g->a_taps[t] : a, *upper = lower + 4 * a_m;
         const uint16_t *b_l = g->b_taps ? b + g->b_taps[t] : b;
         int64_t l = g->k / 2;
+        __asm__("" : "+r"(upper));
         if (vecs == 1) {
-            for (; l > 1; l -= 2, a_l += 4, b_l += 2 * b_k) {
+            for (; l > 1; l -= 2, lower += 4, upper += 4, b_l += 2 * b_k) {
                 if (a_next != NULL && l % LINE_PAIRS < 2) {
                     FLORA_UNROLL
                     for (int r = 0; r < rows; r++)
@@ -63,24 +73,26 @@ FLORA_INLINE void block(const int rows, const int vecs, const int act, const flo
                 const __m512bh even = (__m512bh)_mm512_loadu_si512(b_l), odd = (__m512bh)_mm512_loadu_si512(b_l + b_k);
                 FLORA_UNROLL
                 for (int r = 0; r < rows; r++) {
-                    sum[r][0] = (f32v)_mm512_dpbf16_ps((__m512)sum[r][0], broadcast_pair(a_l + r * a_m), even);
-                    sum[r][1] = (f32v)_mm512_dpbf16_ps((__m512)sum[r][1], broadcast_pair(a_l + 2 + r * a_m), odd);
+                    const uint16_t *a_r = row(r, lower, upper, a_m, thrice);
+                    sum[r][0] = (f32v)_mm512_dpbf16_ps((__m512)sum[r][0], broadcast_pair(a_r), even);
+                    sum[r][1] = (f32v)_mm512_dpbf16_ps((__m512)sum[r][1], broadcast_pair(a_r + 2), odd);
                 }
             }
         }
-        for (; l > 0; l--, a_l += 2, b_l += b_k) {
+        for (; l > 0; l--, lower += 2, upper += 2, b_l += b_k) {
             FLORA_UNROLL
             for (int r = 0; r < rows; r++) {
                 FLORA_UNROLL
                 for (int v = 0; v < vecs; v++)
-                    sum[r][v] = (f32v)_mm512_dpbf16_ps((__m512)sum[r][v], broadcast_pair(a_l + r * a_m),
-                                                       (__m512bh)_mm512_loadu_si512(b_l + 2 * v * LANES));
+                    sum[r][v] =
+                        (f32v)_mm512_dpbf16_ps((__m512)sum[r][v], broadcast_pair(row(r, lower, upper, a_m, thrice)),
+                                               (__m512bh)_mm512_loadu_si512(b_l + 2 * v * LANES));
             }
         }
         if (g->k % 2 != 0) {
             FLORA_UNROLL
             for (int r = 0; r < rows; r++) {
-                const __m512bh single = (__m512bh)_mm512_set1_epi32(a_l[r * a_m]);
+                const __m512bh single = (__m512bh)_mm512_set1_epi32(*row(r, lower, upper, a_m, thrice));
                 FLORA_UNROLL
                 for (int v = 0; v < vecs; v++)
                     sum[r][v] = (f32v)_mm512_dpbf16_ps((__m512)sum[r][v], single,
