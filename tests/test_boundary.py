@@ -732,7 +732,7 @@ def test_an_empty_weight_is_rescaled_at_once():
 def test_a_layer_without_outputs():
     """Its factor has no memory at all (NULL), which the sanitizers do not let pass as an argument of memcpy."""
     dx, d_core, u_in = torch.ones(3, 8), torch.full((2, 2), GUARD), torch.ones(8, 2)
-    empty = Producer((0, 2), (2, 1), data=None)
+    empty = Producer(shape=(0, 2), strides=(2, 1), data=None)
     _core.tucker_linear_backward(
         dx, None, d_core, None, torch.empty(3, 0), torch.ones(3, 8), None, u_in, torch.ones(2, 2), empty, 1.0
     )
