@@ -87,6 +87,11 @@ static flora_status check(problem *p, const flora_view *out, const char *name, c
     return FLORA_OK;
 }
 
+/* Whether the weight has no elements; the factors' other extents may be any then. */
+static int is_empty(const problem *p) {
+    return p->m == 0 || p->p == 0 || p->n == 0 || p->q == 0;
+}
+
 static void pack_factors(const problem *p, double scale) {
     p->kernels->pack(at(p, p->a_w), p->q_w, p->a.data, p->a.strides[0], p->a.strides[1], p->p, p->q, 1.0);
     p->kernels->pack(at(p, p->b_s), p->n, p->b.data, p->b.strides[0], p->b.strides[1], p->m, p->n, scale);
@@ -138,7 +143,7 @@ flora_status flora_kronecker_reconstruct(const flora_view *out, const flora_view
                          weight->strides[1] == out->strides[1];
     const flora_named outputs[] = {{out, "out"}};
     const flora_named inputs[] = {{in_place ? NULL : weight, "weight"}, {a, "a"}, {b, "b"}};
-    if ((status = flora_expect_disjoint(outputs, 1, inputs, 3, error)) != FLORA_OK)
+    if ((status = flora_expect_disjoint(outputs, 1, inputs, 3, error)) != FLORA_OK || is_empty(&p))
         return status;
     p.a_w = flora_reserve(&p.scratch, p.p, p.q_w, 1, p.kernels->real_size);
     p.b_s = flora_reserve(&p.scratch, p.m, p.n, 1, p.kernels->real_size);
@@ -212,6 +217,11 @@ flora_status flora_kronecker_reconstruct_backward(const flora_view *d_a, const f
     const flora_named inputs[] = {{d_weight, "d_weight"}, {a, "a"}, {b, "b"}};
     if ((status = flora_expect_disjoint(outputs, 2, inputs, 3, error)) != FLORA_OK)
         return status;
+    if (is_empty(&p)) {
+        flora_clear(d_a);
+        flora_clear(d_b);
+        return FLORA_OK;
+    }
     const size_t real = p.kernels->real_size;
     const int64_t lanes = p.kernels->lanes;
     p.chunks = flora_chunks(p.m * ((p.p + ROWS - 1) / ROWS), 4.0 * (double)(p.m * p.p) * (double)(p.n * p.q));

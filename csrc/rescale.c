@@ -227,11 +227,6 @@ static void gather(const problem *p, void *room, const char *base, flora_dtype d
     }
 }
 
-static void clear(const problem *p, const flora_view *vector) {
-    for (int64_t j = 0; vector != NULL && j < vector->shape[0]; j++)
-        set(p, vector->data, j * vector->strides[0], 0.0);
-}
-
 static int has_lines(const flora_pixels *inner) {
     return inner->count <= 1 || (inner->ndim == 1 && inner->stride[0] == 1);
 }
@@ -313,8 +308,8 @@ flora_status flora_rescale_backward(const flora_view *d_row, const flora_view *d
     if ((status = flora_expect_disjoint(outputs, 2, inputs, 4, error)) != FLORA_OK)
         return status;
     if (is_empty(&p)) {
-        clear(&p, d_row);
-        clear(&p, d_column);
+        flora_clear(d_row);
+        flora_clear(d_column);
         return FLORA_OK;
     }
     const size_t size = p.kernels->real_size;

@@ -278,6 +278,18 @@ int64_t flora_pixel_at(const flora_pixels *pixels, int64_t p, int64_t *run) {
     return offset;
 }
 
+void flora_clear(const flora_view *view) {
+    if (view == NULL)
+        return;
+    const int64_t size = view->dtype == FLORA_F64 ? 8 : 4;
+    const flora_pixels elements = flora_pixels_of(view->ndim, view->shape, view->strides);
+    for (int64_t i = 0, run; i < elements.count; i += run) {
+        char *to = flora_at(view->data, flora_pixel_at(&elements, i, &run), size);
+        for (int64_t j = 0; j < run; j++)
+            memset(to + j * flora_pixel_stride(&elements) * size, 0, size);
+    }
+}
+
 /* Scratch ------------------------------------------------------------------------------------------------------- */
 
 enum { ALIGNMENT = 64, SLACK = 64 };

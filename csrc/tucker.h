@@ -59,6 +59,9 @@ static inline int64_t flora_pixel_stride(const flora_pixels *pixels) {
     return pixels->stride[pixels->ndim - 1];
 }
 
+/* A view of real numbers = 0; it may be NULL. What the gradients of parameters are where there is nothing to sum up. */
+void flora_clear(const flora_view *view);
+
 /* Scratch ------------------------------------------------------------------------------------------------------- */
 
 /* One allocation a call. Parts are reserved first; each starts at a multiple of 64 bytes and has 64 bytes to spare, so

@@ -462,18 +462,6 @@ static void store_gradient(const problem *p, const flora_view *d_view) {
                     0, d_view->shape[0], d_view->shape[1], p->scale);
 }
 
-static void clear(const problem *p, const flora_view *view) {
-    if (view == NULL)
-        return;
-    const size_t size = p->kernels->real_size;
-    const flora_pixels elements = flora_pixels_of(view->ndim, view->shape, view->strides);
-    for (int64_t i = 0, run; i < elements.count; i += run) {
-        char *to = flora_at(view->data, flora_pixel_at(&elements, i, &run), size);
-        for (int64_t j = 0; j < run; j++)
-            memset(to + j * flora_pixel_stride(&elements) * (int64_t)size, 0, size);
-    }
-}
-
 /* T_0 (r_0, columns), contiguous: from T_0ᵀ, or d_weight itself where U_0 is the identity. */
 static void place_t_0(const problem *p, void *t) {
     const int64_t columns_w = padded(p, p->columns);
@@ -519,7 +507,7 @@ flora_status flora_tucker_reconstruct_backward(const flora_view *d_core, const f
         empty |= p.dim[m] == 0 || p.rank[m] == 0;
     if (empty) { /* all gradients are sums of nothing, and other extents may be any */
         for (int i = 0; i < 1 + order; i++)
-            clear(&p, outputs[i].view);
+            flora_clear(outputs[i].view);
         return FLORA_OK;
     }
 

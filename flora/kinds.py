@@ -190,8 +190,10 @@ def is_opaque(module: nn.Module) -> bool:
     if weight is None:
         packed = (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
         return callable(getattr(module, "weight", None)) or any(
-            not t.is_floating_point() and t.ndim > 0 for t in packed
+            not (t.is_floating_point() or t.is_complex()) and t.ndim > 0 for t in packed
         )
+    if weight.is_complex():  # not quantised: a real delta would lose the imaginary part
+        return False
     return not weight.is_floating_point() or not (type(weight) is nn.Parameter or is_sharded(weight))
 
 
@@ -238,7 +240,8 @@ def kind_of(module: nn.Module) -> Kind:
         raise TypeError(f"this {type(module).__name__} has a parametrised weight and a forward of its own")
     weight = getattr(module, kind.weight_name)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TypeError(f"its {kind.weight_name} is not a tensor of floating-point numbers: {type(weight).__name__}")
+        found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"its {kind.weight_name} is not a tensor of floating-point numbers: {found}")
     if 0 in weight.shape:
         raise TypeError(f"its {kind.weight_name} is empty: shape {tuple(weight.shape)}")
     return kind

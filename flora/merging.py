@@ -109,7 +109,6 @@ def unmergeable(
     return None
 
 
-@torch.no_grad()
 def merged(
     base: nn.Module, kind: Kind, deltas: Sequence[WeightDelta], blocks: Sequence[OutputDelta]
 ) -> tuple[Parameters, float]:
@@ -120,7 +119,7 @@ def merged(
     own = base._parameters
     weight, bias = own[kind.weight_name], own.get("bias")
     assert weight is not None
-    with exact(weight.device.type):
+    with torch.inference_mode(False), torch.no_grad(), exact(weight.device.type):
         total = effective(base, kind, weight.to(compute_dtype(weight.dtype)), deltas)
         total_bias = shifted(bias, deltas, total.dtype)
         if blocks:
@@ -134,9 +133,9 @@ def merged(
             sums["bias"] = (bias, total_bias)
         rounded = {name: total.to(weight.dtype if was is None else was.dtype) for name, (was, total) in sums.items()}
         lost = _lost((was, total, rounded[name]) for name, (was, total) in sums.items())
-    if rounded[kind.weight_name].data_ptr() == weight.data_ptr():  # where only the bias is updated
-        rounded[kind.weight_name] = weight.clone()
-    return {name: nn.Parameter(value, requires_grad=False) for name, value in rounded.items()}, lost
+        if rounded[kind.weight_name].data_ptr() == weight.data_ptr():  # where only the bias is updated
+            rounded[kind.weight_name] = weight.clone()
+        return {name: nn.Parameter(value, requires_grad=False) for name, value in rounded.items()}, lost
 
 
 def _lost(sums: Iterator[tuple[Tensor | None, Tensor, Tensor]]) -> float:
@@ -154,7 +153,10 @@ def _lost(sums: Iterator[tuple[Tensor | None, Tensor, Tensor]]) -> float:
 def unsafe(combined: Parameters, lost: float, max_loss: float) -> str | None:
     """Why merged parameters should not be used, or None if they can."""
     for name, parameter in combined.items():
-        if parameter is not None and not torch.isfinite(parameter).all():
+        if parameter is None:
+            continue
+        wide = parameter.float() if parameter.itemsize == 1 else parameter  # PyTorch has no isfinite for float8
+        if not torch.isfinite(wide).all():
             return f"its {name} would hold values that are not finite in {parameter.dtype}"
     dtype = next(parameter.dtype for parameter in combined.values() if parameter is not None)
     if not lost <= max_loss:

@@ -756,6 +756,15 @@ def test_gradients_of_an_empty_weight_are_zero_at_once():
     assert (d_out == 0).all()
 
 
+def test_a_kronecker_product_without_elements_is_done_at_once():
+    a, b, weight = torch.ones(3, 2), torch.empty(2**50, 0), torch.empty(3 * 2**50, 0)
+    d_a = torch.full((3, 2), GUARD)
+    _core.kronecker_reconstruct(weight, None, a, b, 1.0)
+    _core.kronecker_reconstruct_backward(d_a, torch.empty(2**50, 0), weight, a, b, 1.0)
+    assert (d_a == 0).all()
+    _core.kronecker_reconstruct_backward(torch.empty(0, 0), None, torch.empty(0, 0), torch.empty(0, 0), b, 1.0)
+
+
 def test_extents_of_an_empty_array_that_overflow_are_refused():
     for array in (torch.empty(2**40, 0, 2**40), Producer(shape=(2**62, 0, 2), strides=None)):
         with pytest.raises(ValueError, match="weight has extents whose size in bytes overflows"):

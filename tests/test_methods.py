@@ -521,3 +521,11 @@ def test_a_configuration_without_a_delta_is_an_error():
             flora.wrap(nn.Linear(2, 2), Unknown())
     finally:
         DeltaConfig._methods.pop("test-unknown")
+
+
+@pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
+def test_a_complex_weight_is_refused_by_name(config):
+    """A real delta on it would lose the imaginary part of its output, as on a quantised weight it does not."""
+    layer = nn.Linear(8, 8, dtype=torch.complex64)
+    with pytest.raises(TypeError, match=r"its weight is not a tensor of floating-point numbers: torch\.complex64"):
+        flora.wrap(layer, config)

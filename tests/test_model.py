@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from flora.config import TuckerConfig
+from flora.config import LDRConfig, TuckerConfig
 from flora.drop_in import Conv2d, Linear
 from flora.hooks import hold_eval, warn_unreached
 from flora.layers import AdaptedLayer, wrap
@@ -835,3 +835,26 @@ def test_verbs_on_a_wrapped_model_say_where_to_call_them():
     for verb in (merge, unload, lambda m: set_adapter(m, "default")):
         with pytest.raises(RuntimeError, match=r"the model is wrapped, a OptimizedModule: .* its \._orig_mod"):
             verb(compiled)
+
+
+def test_verbs_in_inference_mode_leave_a_model_that_can_be_trained():
+    layers, x = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), torch.randn(3, 6)
+    with torch.inference_mode():
+        model = adapt(layers, TuckerConfig(rank=2))
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with torch.inference_mode():
+        merge(model)
+    x.requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # merged deltas do not learn, as the next call says
+        model(x).sum().backward()
+    torch.testing.assert_close(x.grad, (model[0].base_layer.weight.mT @ model[1].base_layer.weight.sum(0)).expand(3, 6))
+
+
+def test_a_delta_that_no_memory_can_hold_is_refused_by_the_module_s_name():
+    model = nn.Sequential(nn.Linear(6, 5))
+    before = list(model.modules())
+    with pytest.raises(RuntimeError, match="^0: LDRConfig cannot make its tensors: "):
+        adapt(model, LDRConfig(terms=2**45))
+    assert list(model.modules()) == before

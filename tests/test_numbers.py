@@ -290,3 +290,18 @@ def test_a_merged_adapter_is_neither_merged_again_nor_deleted_and_is_saved_as_it
     flora.save_adapter(model, tmp_path / "merged")
     for file in (tmp_path / "before").iterdir():
         assert (tmp_path / "merged" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_safe_merge_into_float8(dtype):
+    """PyTorch cannot tell there which numbers are finite."""
+    model = adapted(flora.TuckerConfig(rank=2))
+    layer = next(module for module in model.modules() if isinstance(module, flora.AdaptedLayer))
+    layer.base_layer.weight = torch.nn.Parameter(layer.base_layer.weight.detach().to(dtype), requires_grad=False)
+    assert 0 < layer.merge(safe=True, max_loss=10.0)
+    assert layer.base_layer.weight.dtype == dtype
+    layer.unmerge()
+    with torch.no_grad():
+        layer.deltas["default"].core.fill_(1e30)
+    with pytest.raises(RuntimeError, match=rf"would hold values that are not finite in {dtype}|would lose"):
+        layer.merge(safe=True, max_loss=0.5)

@@ -410,9 +410,10 @@ def extents(case: Case) -> None:
     case.stand(name, slot.producer(shape=shape, strides=strides))
     slot.shape, slot.strides = tuple(shape), tuple(strides)
     case.changed = True
-    if extent >= 2**20:
-        case.hopeless = 0 not in shape  # as the others are not of that size
-        case.free = not case.hopeless
+    if extent >= 2**20:  # the others are not of that size, unless an empty one makes it fit, or none has that mode
+        unread = name == "u_in" and not {"x", "dx", "d_u_in"} & case.slots.keys()
+        case.free = unread or any(0 in other.shape for other in case.slots.values())
+        case.hopeless = not case.free
 
 
 @attack("a capsule's strides")
