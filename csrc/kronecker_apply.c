@@ -231,8 +231,10 @@ flora_status flora_kronecker_forward(const flora_view *y, const flora_view *h, c
     const flora_named outputs[] = {{y, "y"}, {h, "h"}}, inputs[] = {{x, "x"}, {a, "a"}, {b, "b"}};
     flora_status status;
     if ((status = check(&p, "y", error)) != FLORA_OK || (status = expect_unit_stride(y, "y", error)) != FLORA_OK ||
-        (status = flora_expect_disjoint(outputs, 2, inputs, 3, error)) != FLORA_OK || p.rows == 0 || p.p == 0)
+        (status = flora_expect_disjoint(outputs, 2, inputs, 3, error)) != FLORA_OK)
         return status;
+    if (p.rows == 0 || p.p == 0 || p.n == 0 || (p.m == 0 && h == NULL)) /* nothing is written, for any number of rows */
+        return FLORA_OK;
     const size_t real = p.kernels->real_size;
     flora_scratch room = {.size = 0};
     cut(&p, 1);
@@ -354,8 +356,11 @@ flora_status flora_kronecker_backward(const flora_view *dx, const flora_view *d_
         return flora_fail(error, FLORA_BAD_VALUE, "d_a needs x, which is left out");
     if (x == NULL && h == NULL && d_b != NULL)
         return flora_fail(error, FLORA_BAD_VALUE, "d_b needs h or x, and both are left out");
-    if (p.m == 0 || p.n == 0 || p.p == 0 || p.q == 0)
-        p.rows = 0; /* all gradients are zero */
+    if (p.rows == 0 || p.m == 0 || p.n == 0 || p.p == 0 || p.q == 0) { /* sums of nothing */
+        flora_clear(d_a);
+        flora_clear(d_b);
+        return FLORA_OK;
+    }
     const size_t real = p.kernels->real_size;
     const int needs_dh = d_a != NULL || dx != NULL, projects = d_b != NULL && h == NULL;
     flora_scratch room = {.size = 0}, sums = {.size = 0};

@@ -415,6 +415,11 @@ flora_status flora_toeplitz_reconstruct_backward(const flora_view *d_left, const
         return status;
     if (update.terms == 0 || (d_left == NULL && d_right == NULL))
         return FLORA_OK;
+    if (update.d_out == 0 || update.d_in == 0) { /* sums of nothing */
+        flora_clear(d_left);
+        flora_clear(d_right);
+        return FLORA_OK;
+    }
     plan(&p, &update, d_weight);
     p.weight = d_weight->data;
     p.weight_row = d_weight->strides[p.transposed];

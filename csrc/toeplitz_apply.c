@@ -424,8 +424,11 @@ flora_status flora_toeplitz_backward(const flora_view *dx, const flora_view *d_l
         return status;
     if (p.update.terms == 0 || (dx == NULL && d_left == NULL && d_right == NULL))
         return FLORA_OK;
-    if (p.rows == 0 || d_out == 0 || d_in == 0)
-        p.rows = 0; /* nothing is summed: the gradients are zero */
+    if (p.rows == 0 || d_out == 0 || d_in == 0) { /* sums of nothing */
+        flora_clear(d_left);
+        flora_clear(d_right);
+        return FLORA_OK;
+    }
     status = prepare(&p, right == NULL ? 3 : 2 + 4 * (int)flora_min(p.update.terms, 1000),
                      right == NULL         ? 2
                      : p.update.terms == 1 ? 3

@@ -265,11 +265,19 @@ static void absorb(flora_layer *layer, expansion *e) {
 
 /* The operations ----------------------------------------------------------------------------------------------------*/
 
+/* Whether an array is left out or has no elements: any number of rows then, too many to go through. */
+static int is_empty(const flora_view *view) {
+    for (int m = 0; view != NULL && m < view->ndim; m++)
+        if (view->shape[m] == 0)
+            return 1;
+    return view == NULL;
+}
+
 static flora_status forward(const arguments *a, char *error) {
     flora_layer layer;
     expansion e;
     flora_status status = check(a, &layer, error);
-    if (status != FLORA_OK)
+    if (status != FLORA_OK || (is_empty(a->y) && is_empty(a->h)))
         return status;
     status = expand(a, &layer, &e, error);
     absorb(&layer, &e);
@@ -285,6 +293,12 @@ static flora_status backward(const arguments *a, char *error) {
     flora_status status = check(a, &layer, error);
     if (status != FLORA_OK)
         return status;
+    if (is_empty(a->dy)) { /* sums of nothing */
+        flora_clear(a->d_core);
+        for (int m = 0; m < 2 + layer.ndim; m++)
+            flora_clear(a->d_factors[m]);
+        return FLORA_OK;
+    }
     status = expand(a, &layer, &e, error);
     absorb(&layer, &e);
     if (status == FLORA_OK)

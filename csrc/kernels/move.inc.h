@@ -87,7 +87,7 @@ static void NAME(pack)(void *to_, int64_t width, const void *from_, int64_t from
         PRIVATE(pack_transposed)(to_, width, from_, from_n, m, n, s);
         return;
     }
-    for (int64_t i = 0; i < m; i++) {
+    for (int64_t i = 0; i < m && width > 0; i++) {
         real *to = (real *)to_ + i * width;
         const real *from = (const real *)from_ + i * from_m;
         if (from_n == 1)
@@ -105,7 +105,7 @@ static void NAME(pack)(void *to_, int64_t width, const void *from_, int64_t from
 static void NAME(sum)(void *to_, int64_t to_m, int64_t to_n, const void *from_, int64_t from_m, int64_t parts,
                       int64_t part, int64_t m, int64_t n, double scale) {
     const real s = (real)scale;
-    for (int64_t i = 0; i < m; i++)
+    for (int64_t i = 0; i < m && n > 0; i++)
         for (int64_t j = 0; j < n; j += LANES) {
             const real *from = (const real *)from_ + i * from_m + j;
             real *to = (real *)to_ + i * to_m + j * to_n;

@@ -3,7 +3,7 @@
 /* to (m, n), row stride to_m = from (m, n) */
 static void NAME(widen)(void *to_, int64_t to_m, const void *from_, int64_t from_m, int64_t from_n, int64_t m,
                         int64_t n) {
-    for (int64_t i = 0; i < m; i++) {
+    for (int64_t i = 0; i < m && n > 0; i++) {
         real *to = (real *)to_ + i * to_m;
         const act *from = (const act *)from_ + i * from_m;
         int64_t j = 0;
