@@ -742,10 +742,8 @@ def test_a_layer_without_outputs():
 
 def test_gradients_of_an_empty_weight_are_zero_at_once():
     d_core, d_in = torch.full((3, 2), GUARD), torch.full((2**50, 0), GUARD)
-    core, wide = torch.ones(0, 0, 3, 2), torch.empty(2**50, 0)
-    _core.tucker_reconstruct_backward(
-        torch.empty(0, 0, 3, 2), [d_in, None, None, None], torch.empty(2**50, 0, 3, 2), core, [wide, None, None, None], 2.0
-    )
+    weight, core, wide, nothing = torch.empty(2**50, 0, 3, 2), torch.ones(0, 0, 3, 2), torch.empty(2**50, 0), [None] * 3
+    _core.tucker_reconstruct_backward(core.clone(), [d_in, *nothing], weight, core, [wide, *nothing], 2.0)
     u_out, d_out = torch.ones(0, 3), torch.empty(0, 3)
     _core.tucker_reconstruct_backward(d_core, [d_out, None], torch.empty(0, 2), torch.ones(3, 2), [u_out, None], 2.0)
     assert (d_core == 0).all()

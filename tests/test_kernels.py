@@ -651,6 +651,7 @@ def test_nan_and_infinity_stay(isa, dtype):
     assert y[3, 2] == math.inf
     assert y[[0, 2, 4]].isfinite().all()
 
+
 def test_the_twin_takes_the_caller_s_h_whatever_x_is():
     case = Case("tucker_conv_backward", torch.float32)
     conv_backward(case, 2, 1, 33, 17, 5, 3, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), "zeros", (13, 11))
@@ -658,7 +659,6 @@ def test_the_twin_takes_the_caller_s_h_whatever_x_is():
     case.arguments["x"] = case.arguments["x"] * 1e30
     huge, _ = case.expect()
     assert same_bits(huge["d_core"], exact["d_core"])
-
 
 
 @pytest.mark.parametrize("r_in", [5, None])

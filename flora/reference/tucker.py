@@ -194,10 +194,10 @@ def tucker_conv_backward(
             xc = h.new_zeros(h.shape[0], groups * u_in.shape[0], *extent).requires_grad_()
         projected = pad_input(conv_project(xc, u_in, groups), padding, padding_mode)
         if h is not None and u_in is not None:
-            projected = _Valued.apply(projected, h)
+            projected = _Valued.apply(projected, h)  # type: ignore[no-untyped-call]
         k = conv_core(projected, reconstruct(c, [None, None, *u_k], 1.0), stride, dilation, groups)
         if h is not None and u_in is None:
-            k = _Valued.apply(k, h)
+            k = _Valued.apply(k, h)  # type: ignore[no-untyped-call]
         update = conv_expand(k, u_out, scale, groups)
         outputs = [(dx, xc), (d_core, c), *zip(d_factors, parts, strict=True)]
         sources = [source for _, source in outputs if source is not None]
