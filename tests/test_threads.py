@@ -87,7 +87,7 @@ def test_every_function_from_many_threads_that_change_their_number_of_torch_thre
 
     def work(i):
         order = random.Random(i)
-        torch.get_num_threads()  # a thread's first use takes the number that any thread has set last, even after its own
+        torch.get_num_threads()  # a thread's first use takes what any thread has set last, even after its own number
         for at in order.sample(range(len(every)), len(every) // 2):
             number = order.choice((1, 2, 3))
             torch.set_num_threads(number)
