@@ -50,4 +50,4 @@ for _ in range(30):
     for kind in KINDS:
         run(kind)
 grown = high_water.megabytes() - before
-assert grown < 30, f"the process has grown by {grown:.0f} MB"  # leaking one kind: 60 or more
+assert grown < 20, f"the process has grown by {grown:.0f} MB"  # one array of one kind kept: 30
