@@ -121,6 +121,7 @@ def kills(model: nn.Module, folder: Path, count: int, seed: int) -> None:
         before = found(folder)
         assert returned <= before <= begun, f"{before} is there, {returned} had been saved and {begun} was under way"
         between += begun > returned
+    assert between or count < 100, "no kill fell inside a save"
     save(model, folder, before)
     assert alone(folder), f"{os.listdir(folder.parent)} is left"
     print(f"kill -9 at random moments: {count} saving processes, {between} of them inside a save")
@@ -254,7 +255,9 @@ def together(model: nn.Module, folder: Path, processes: int, saves: int) -> None
         seen.add(found(folder))
         reads += 1
         for child in list(children):
-            if os.waitpid(child, os.WNOHANG)[0]:
+            over, status = os.waitpid(child, os.WNOHANG)
+            if over:
+                assert status == 0, f"a saving process ended with {os.waitstatus_to_exitcode(status)}"
                 children.remove(child)
     assert seen <= {100 + number for number in range(processes + 1)}, seen
     save(model, folder, 1)

@@ -21,7 +21,6 @@ import gc
 import math
 import pickle
 import random
-import resource
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import high_water
 import torch
 import transformers
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ import flora
 from flora.model import adapted_layers
 
 OPERATIONS = 40  # of an episode
+WARM = 20  # seeds by which allocators and the caches of PyTorch's libraries have what they need
+GROWTH = 24  # megabytes that the process may grow by after as many again
 MOST_ADAPTERS = 4
 TIMES = 10  # as far away as plain PyTorch, and so many unit roundoffs of the norm: a transform rounds more than sums do
 
@@ -632,6 +634,12 @@ CHOICES = {
 }
 
 
+def held() -> tuple[int, float | None]:
+    """Tensors that Python knows, and the most megabytes that the process has had."""
+    gc.collect()
+    return sum(issubclass(type(found), Tensor) for found in gc.get_objects()), high_water.megabytes()
+
+
 @functools.cache
 def twin_of(name: str) -> Twin:
     return Twin(NETWORKS[name])
@@ -645,7 +653,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--network", choices=NETWORKS, help="one of them alone")
     options = parser.parse_args(arguments)
     end = time.monotonic() + 60 * options.minutes
-    counts, seed, started = Counter(), options.seed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    counts, seed, history = Counter(), options.seed, []
     while seed < options.seed + options.episodes if options.episodes is not None else time.monotonic() < end:
         for name in [options.network] if options.network else NETWORKS:
             episode = Episode(name, seed)
@@ -655,17 +663,29 @@ def main(arguments: list[str]) -> int:
                 print(error)
                 return 1
             counts += episode.counts
-        if seed == options.seed:
-            gc.collect()
-            started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            episode.twin.adapters = {}
+            del episode
+        history.append(held())
         seed += 1
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - started) / 1024
     operations = {name: counts[name] for name in CHOICES}
     print(f"seeds {options.seed} to {seed - 1}: {sum(operations.values())} operations, all as the twins'")
     print(", ".join(f"{name} {count}" for name, count in operations.items()))
     print(", ".join(f"{count} {name}" for name, count in counts.items() if name not in operations))
-    print(f"the process has grown by {grown:.0f} MB after the first episodes")
-    return 0
+    return left_over(history)
+
+
+def left_over(history: list[tuple[int, float | None]]) -> int:
+    """The exit status, by what was `held` after each seed."""
+    tensors = [number for number, _ in history]
+    if tensors and max(tensors) > tensors[0]:
+        print(f"{max(tensors) - tensors[0]} tensors are left of episodes that are over")
+        return 1
+    if len(history) < 2 * WARM or history[-1][1] is None:
+        print(f"no tensor is left; growth is not judged before {2 * WARM} seeds, nor where the system does not tell it")
+        return 0
+    grown = history[-1][1] - history[WARM - 1][1]
+    print(f"no tensor is left; the process has grown by {grown:.1f} MB since the {WARM}th seed, {GROWTH} are allowed")
+    return int(grown >= GROWTH)
 
 
 if __name__ == "__main__":

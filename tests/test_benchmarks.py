@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from itertools import chain, repeat
 from pathlib import Path
@@ -349,6 +350,7 @@ def test_small_calls_without_a_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (rows[2].over_bound, rows[2].met) == (None, None)
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system resets no high-water mark")
 def test_peak_bytes_counts_what_is_allocated_at_once() -> None:
     def allocate() -> None:
         first = torch.ones(2**22)  # 16 MiB each
@@ -361,7 +363,7 @@ def test_peak_bytes_counts_what_is_allocated_at_once() -> None:
     finally:
         keep_heap()
     assert peak is not None
-    assert 31 * 2**20 < peak < 40 * 2**20
+    assert 24 * 2**20 < peak < 48 * 2**20
 
 
 # The program ----------------------------------------------------------------------------------------------------------

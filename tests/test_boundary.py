@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import dlpack
+import high_water
 import numpy as np
 import pytest
 import torch
@@ -508,7 +509,7 @@ def test_exchange_api_that_fails_without_an_error():
 
 
 def python(code):
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, timeout=120)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, timeout=600)
     assert result.returncode == 0, result.stderr
     return result
 
@@ -579,7 +580,7 @@ def test_isa_from_the_environment():
 
     def run(value):
         env = os.environ | {"FLORA_ISA": value}
-        return subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, env=env, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, env=env, timeout=600)
 
     assert run("portable").stdout == "portable\n"
     assert "FLORA_ISA is v9, which names no instruction set" in run("v9").stderr
@@ -616,7 +617,9 @@ def test_calls_from_several_threads():
 
 @pytest.mark.parametrize("script", sorted((HERE / "leaks").glob("*.py")), ids=lambda path: path.stem)
 def test_nothing_leaks(script):
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    if script.stem == "memory" and high_water.megabytes() is None:
+        pytest.skip(high_water.UNKNOWN)
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

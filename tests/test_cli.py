@@ -64,7 +64,7 @@ def adapter(tmp_path: Path) -> Path:
 
 def program(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "flora", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, **options)
 
 
 def test_as_a_program() -> None:
@@ -82,7 +82,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, "-m", "flora", "info"], stdout=write, stderr=subprocess.PIPE, timeout=120, check=False
+        [sys.executable, "-m", "flora", "info"], stdout=write, stderr=subprocess.PIPE, timeout=600, check=False
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,24 @@ def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not target.startswith(("http://", "https://", "#")):
             assert (ROOT / page).parent.joinpath(target.partition("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("page", ["docs/guarantees.md", "SECURITY.md"])
+def test_promises_name_tests_and_commands_that_are_there(page):
+    """``::name`` is a test of the file that the page has named last."""
+    text = (ROOT / page).read_text()
+    for name in re.findall(r"\btest_\w+\.py\b", text):
+        assert (ROOT / "tests" / name).is_file(), name
+    made = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    file = None
+    for span in re.findall(r"`([^`\n]+)`", text):
+        named, colons, test = span.partition("::")
+        if colons or re.fullmatch(r"test_\w+\.py", named):
+            file = file if named in ("", "…") else ROOT / "tests" / named
+        if colons:
+            assert test.partition("[")[0] in re.findall(r"^def (\w+)", file.read_text(), re.MULTILINE), span
+        if span.startswith("make ") and not span.startswith("make -C "):
+            assert {word for word in shlex.split(span)[1:] if "=" not in word} <= made, span
 
 
 USER = """

@@ -94,9 +94,8 @@ def executed(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """What a notebook prints when it is run again, in a kernel of this Python."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     notebook = read(name)
-    NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-    ).execute()
+    resources = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=600, startup_timeout=600, kernel_name="python3", resources=resources).execute()
     return printed(notebook)
 
 

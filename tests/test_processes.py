@@ -55,6 +55,8 @@ def python(code, *arguments, **environment):
 # Fork ---------------------------------------------------------------------------------------------------------------
 
 FORK = """
+import warnings
+warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)  # Python's own, of a fork with threads
 forks = int(sys.argv[1])
 every = list(cases())
 torch.set_num_threads(1)

@@ -20,6 +20,7 @@ import flora
 from flora import _core
 
 THREADS = 4
+LIMIT = 600  # seconds, for what would be a deadlock
 CONFIGS = {
     "tucker": flora.TuckerConfig(rank=4),
     "tucker merged": flora.TuckerConfig(rank=4, plan="merged"),
@@ -36,7 +37,7 @@ def together(work, count=THREADS):
 
     def run(i):
         try:
-            start.wait(60)
+            start.wait(LIMIT)
             work(i)
         except BaseException as error:
             errors.append(error)
@@ -45,7 +46,7 @@ def together(work, count=THREADS):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(LIMIT)
     assert not any(thread.is_alive() for thread in threads), "deadlock"
     if errors:
         raise errors[0]
@@ -117,7 +118,7 @@ def test_the_instruction_set_is_changed_during_calls(torch_threads):
                     assert_close(name, found, exact[name], magnitude[name], case.tolerance(found.dtype))
     finally:
         done.set()
-        changing.join(60)
+        changing.join(LIMIT)
         _core.set_isa(before)
 
 
@@ -153,7 +154,7 @@ def runs_others(call, most):
             return any(ticked() for _ in range(most))
         finally:
             over.set()
-            other.join(60)
+            other.join(LIMIT)
 
 
 def test_other_threads_run_during_every_call(torch_threads):
@@ -235,7 +236,7 @@ class Waits:
     def __call__(self, module, args, output):
         if output.shape[0] == self.rows:
             self.inside.set()
-            assert self.finish.wait(60)
+            assert self.finish.wait(LIMIT)
 
     def __deepcopy__(self, memo):
         return self
@@ -246,11 +247,11 @@ class Waits:
         thread = threading.Thread(target=call)
         thread.start()
         try:
-            assert self.inside.wait(60)
+            assert self.inside.wait(LIMIT)
             yield
         finally:
             self.finish.set()
-            thread.join(60)
+            thread.join(LIMIT)
 
 
 def test_no_thread_mistakes_another_ones_training_step_for_its_own():
@@ -266,7 +267,7 @@ def test_no_thread_mistakes_another_ones_training_step_for_its_own():
     def begun(module, args):
         if len(args[0]) == 1:
             waits.finish.set()
-            assert over.wait(60)
+            assert over.wait(LIMIT)
 
     model[0].register_forward_pre_hook(begun)
     with warnings.catch_warnings(record=True) as caught:

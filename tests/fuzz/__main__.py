@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-PATIENCE = 120
+PATIENCE = 300
 """Seconds that one case may take."""
 
 FOLDER = Path(__file__).parent
