@@ -523,6 +523,7 @@ def put(path, value):
 
 BAD_JSON = {
     "version": (put(["format_version"], 2), "format_version=2 is not the 1"),
+    "fractional version": (put(["format_version"], 1.0), r"format_version=1\.0"),
     "boolean version": (put(["format_version"], True), "format_version=True"),
     "no version": (lambda m: m.__delitem__("format_version"), "has no format_version"),
     "another library's": (lambda m: {"peft_type": "IA3"}, "peft_type='IA3' is not the LORA"),
