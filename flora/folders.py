@@ -35,6 +35,8 @@ def replace_folder(
     replace the same folder at once do so one after another, on file systems that know locks; what a process that was
     killed has left aside is removed.
 
+    The folder keeps its mode and its group; its files get what the umask gives.
+
     ``kept`` is asked, while no other process replaces the folder, what the new one shall hold of it besides; it may
     raise, and nothing is replaced then.
     """
@@ -42,14 +44,19 @@ def replace_folder(
     new = _aside(folder)
     with ExitStack() as claim:
         with _alone(folder.parent):
+            _put_back(folder)
             _sweep(folder)
             new.mkdir()
             claim.enter_context(_claimed(new))
+            if folder.exists():
+                new.chmod(stat.S_IRWXU)  # nobody else reads in it what may be private
         try:
             _write(new, contents)
             with _alone(folder.parent):
                 _put_back(folder)
                 _write(new, kept(folder))
+                if folder.exists():
+                    _take_mode(new, folder)
                 _sync(new)
                 _put_in_place(new, folder)
             _sync(folder.parent)
@@ -84,6 +91,18 @@ def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _take_mode(new: Path, folder: Path) -> None:
+    """Give a folder the mode and the group of another; a group that this user may not give loses its rights."""
+    old = folder.stat()
+    mode = stat.S_IMODE(old.st_mode)
+    if new.stat().st_gid != old.st_gid:
+        try:
+            os.chown(new, -1, old.st_gid)
+        except PermissionError:
+            mode &= ~stat.S_IRWXG
+    new.chmod(mode)
 
 
 def _put_in_place(new: Path, folder: Path) -> None:

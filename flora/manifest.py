@@ -142,7 +142,7 @@ def check_version(file: Path, manifest: Any) -> None:
     if not isinstance(manifest, dict) or "format_version" not in manifest:
         raise ValueError(f"{file} has no format_version: it is not an adapter of flora's")
     version = manifest["format_version"]
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(f"{file}: format_version={version!r} is not the {FORMAT_VERSION} that this version reads")
 
 

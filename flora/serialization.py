@@ -61,6 +61,7 @@ __all__ = [
 ]
 
 FORMATS = ("flora", "peft", "peft-flora")
+_LARGEST_CARD = 64 << 20  # bytes
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -85,7 +86,7 @@ def save_adapter(
     Args:
         model: may be merged: the adapter is written all the same.
         directory: does not exist, is empty or holds an adapter; nothing else is ever replaced. A model card beside the
-            adapter, README.md, is kept.
+            adapter, README.md, is kept, and so are the folder's mode and group; files get what the umask gives.
         name: the adapter to write at ``directory`` itself, or a list of them, each written to ``directory/<name>``.
         hashes: also write a hash of every tensor of the base, so that loading checks the values, not only the shapes.
         format: "flora", or "peft" for a LoRA adapter that Hugging Face PEFT loads with the same outputs. Any delta that
@@ -94,7 +95,8 @@ def save_adapter(
             say nothing of the base.
 
     Raises:
-        ValueError: no such adapter, values that are not finite, or an adapter that the format cannot hold.
+        ValueError: no such adapter, values that are not finite, an adapter that the format cannot hold or that has so
+            many layers that it could not be read, or the folder is the current directory, which cannot be replaced.
         RuntimeError: no adapters in the model, or it is in FullyShardedDataParallel, the older way of sharding.
         OSError: something else is there, or it cannot be written; where another process writes, RuntimeError.
     """
@@ -190,7 +192,11 @@ def _contents(model: nn.Module, name: str, adapter: Adapter, hashes: bool) -> di
         "tensors": {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)},
     }
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    return {TENSORS_FILE: data, CONFIG_FILE: _short_lists(text).encode()}
+    config = _short_lists(text).encode()
+    longest = max(len(config), int.from_bytes(data[:8], "little"))
+    if longest > MOST_TEXT:
+        raise ValueError(f"{name}: {len(layers)} layers take {longest} bytes of JSON, {MOST_TEXT} can be read again")
+    return {TENSORS_FILE: data, CONFIG_FILE: config}
 
 
 def _peft_contents(model: nn.Module, name: str, format: str) -> dict[str, bytes]:
@@ -217,12 +223,15 @@ def _short_lists(text: str) -> str:
 def check_replaceable(folder: Path, format: str = "flora") -> None:
     """Raises FileExistsError, with what is there, unless `save_adapter` may write to the folder.
 
-    It may if the folder does not exist, is empty or holds an adapter of the same format.
+    It may if the folder does not exist, is empty or holds an adapter of the same format. ValueError if it is the
+    current directory.
     """
     if not folder.exists():
         return
     if not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; an adapter needs a folder")
+    if folder.samefile("."):  # which would be left behind, removed
+        raise ValueError(f"{folder} is the current directory, which cannot be replaced: leave it, or save elsewhere")
     with os.scandir(folder) as entries:
         there = {entry.name: entry for entry in entries if not is_aside(entry.name)}
     foreign = sorted(there.keys() - {CONFIG_FILE, TENSORS_FILE, CARD_FILE})
@@ -231,7 +240,7 @@ def check_replaceable(folder: Path, format: str = "flora") -> None:
     for name, entry in there.items():
         if not entry.is_file(follow_symlinks=False):
             raise FileExistsError(f"{folder / name} is no plain file; only an adapter folder is replaced")
-        if name == CARD_FILE and entry.stat().st_size > MOST_TEXT:
+        if name == CARD_FILE and entry.stat().st_size > _LARGEST_CARD:
             raise FileExistsError(f"{folder / name} has {entry.stat().st_size} bytes, which no model card has")
     if there:
         try:

@@ -11,6 +11,7 @@ import pickle
 import shutil
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -358,6 +359,75 @@ def test_saving_replaces_the_whole_folder(saved, monkeypatch, exchange):
     assert torch.equal(load_adapter(base(), saved)(X), model(X))
 
 
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "moved aside"])
+@pytest.mark.parametrize("mode", [0o700, 0o2770, 0o777])
+def test_a_folder_keeps_its_mode(saved, monkeypatch, exchange, mode):
+    if not exchange:
+        monkeypatch.setattr(folders, "_exchange", lambda one, other: False)
+    write, seen = folders._write, []
+    monkeypatch.setattr(folders, "_write", lambda new, data: seen.append(new.stat().st_mode) or write(new, data))
+    saved.chmod(mode)
+    before = os.umask(0o027)
+    try:
+        save_adapter(other(), saved)
+        save_adapter(other(), saved.parent / "first")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(saved.stat().st_mode) == mode
+    assert [stat.S_IMODE(found) for found in seen] == [0o700, 0o700, 0o750, 0o750]
+    assert stat.S_IMODE((saved.parent / "first").stat().st_mode) == 0o750
+    assert {stat.S_IMODE((saved / name).stat().st_mode) for name in (CONFIG_FILE, TENSORS_FILE)} == {0o640}
+
+
+@pytest.mark.parametrize(("allowed", "group", "mode"), [(True, 7, 0o2771), (False, 8, 0o2701)])
+def test_a_folder_keeps_its_group_or_the_group_loses_its_rights(monkeypatch, allowed, group, mode):
+    class Folder:
+        def __init__(self, group, mode):
+            self.group, self.mode = group, mode
+
+        def stat(self):
+            return SimpleNamespace(st_gid=self.group, st_mode=self.mode | stat.S_IFDIR)
+
+        def chmod(self, mode):
+            self.mode = mode
+
+    def chown(path, user, group):
+        assert user == -1
+        if not allowed:
+            raise PermissionError
+        path.group = group
+
+    monkeypatch.setattr(folders.os, "chown", chown)
+    new = Folder(8, 0o700)
+    folders._take_mode(new, Folder(7, 0o2771))
+    assert (new.group, new.mode) == (group, mode)
+
+
+@pytest.mark.parametrize("there", ["saved", "empty"])
+def test_the_current_directory_is_not_replaced(saved, monkeypatch, there):
+    folder = saved if there == "saved" else saved.parent / "empty"
+    folder.mkdir(exist_ok=True)
+    before = contents(saved.parent)
+    monkeypatch.chdir(folder)
+    for path, names in ((".", "default"), (folder, "default"), (folder.parent, ["default", folder.name])):
+        model = other()
+        adapt(model, TuckerConfig(rank=1, target_modules=["0"]), folder.name)
+        with pytest.raises(ValueError, match=f"{folder.name} is the current directory, which cannot be replaced"):
+            save_adapter(model, path, names)
+    assert contents(saved.parent) == before
+
+
+def test_a_configuration_that_could_not_be_read_is_not_saved(folder, monkeypatch):
+    save_adapter(trained(), folder)
+    size = (folder / CONFIG_FILE).stat().st_size
+    monkeypatch.setattr("flora.serialization.MOST_TEXT", size)
+    save_adapter(trained(), folder)
+    monkeypatch.setattr("flora.serialization.MOST_TEXT", size - 1)
+    with pytest.raises(ValueError, match=rf"default: \d layers take {size} bytes of JSON, {size - 1} can be read"):
+        save_adapter(trained(), folder / "more")
+    assert not (folder / "more").exists()
+
+
 def test_this_system_exchanges_in_one_step(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
@@ -523,6 +593,7 @@ def put(path, value):
 
 BAD_JSON = {
     "version": (put(["format_version"], 2), "format_version=2 is not the 1"),
+    "fractional version": (put(["format_version"], 1.0), r"format_version=1\.0"),
     "boolean version": (put(["format_version"], True), "format_version=True"),
     "no version": (lambda m: m.__delitem__("format_version"), "has no format_version"),
     "another library's": (lambda m: {"peft_type": "IA3"}, "peft_type='IA3' is not the LORA"),

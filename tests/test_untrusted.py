@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import stat
+import struct
 import subprocess
 import sys
 import zipfile
@@ -23,6 +24,7 @@ from flora.config import LDRConfig, LoRAConfig, TuckerConfig
 from flora.manifest import CARD_FILE, CONFIG_FILE, TENSORS_FILE
 from flora.model import adapt
 from flora.serialization import load_adapter, read_adapter, save_adapter
+from flora.tensor_files import read_torch
 
 __all__ = ["folder", "original", "saved"]  # fixtures
 
@@ -205,7 +207,7 @@ def with_head(path, head, size=None):
         ([], None, "'the head' has no shape"),
         (b'{"0.core": 1, "0.core": 1}', None, "a key is there twice"),
         (b"[" * 100_000, None, "is not JSON"),
-        (b" " * (65 << 20), None, "bytes of JSON, which no adapter has"),
+        (b" " * ((8 << 20) + 1), None, "bytes of JSON, which no adapter has"),
     ],
 )
 def test_a_head_that_lies_takes_no_memory(saved, head, size, message):
@@ -287,6 +289,72 @@ def test_an_archive_of_overlapping_parts_is_not_unpacked(tmp_path):
     data[at + 20 : at + 28] = (2**31).to_bytes(4, "little") * 2  # sizes of the first part in the directory
     path.write_bytes(data)
     refused_file(path, "its parts are larger than itself")
+
+
+def directory(data):
+    """Where an archive's directory begins, and where the end records begin that say so."""
+    end = data.rindex(b"PK\5\6")
+    size, start = struct.unpack_from("<LL", data, end + 12)
+    return start, start + size
+
+
+def as_stored(entries):
+    """The directory of compressed parts, saying that these are stored."""
+    changed, at = bytearray(entries), 0
+    while at < len(changed):
+        packed, _, *lengths = struct.unpack_from("<LLHHH", changed, at + 20)
+        struct.pack_into("<H", changed, at + 10, zipfile.ZIP_STORED)
+        struct.pack_into("<L", changed, at + 24, packed)
+        at += 46 + sum(lengths)
+    return bytes(changed)
+
+
+def test_an_archive_with_a_second_directory_is_not_unpacked(tmp_path):
+    path = torch_file(tmp_path / "file.pt", {"0.param_G": torch.zeros(16 << 20)})
+    repacked(path, lambda name, data: data)
+    data = path.read_bytes()
+    start, end = directory(data)
+    forged = data[:end] + as_stored(data[start:end]) + data[end:]  # PyTorch looks at ``start``, Python before the end
+    assert len(forged) < 1 << 17
+    path.write_bytes(forged)
+    assert zipfile.ZipFile(path).infolist()[0].compress_type == zipfile.ZIP_STORED
+    refused_file(path, "is not a file of tensors that can be read safely")
+
+
+@pytest.mark.parametrize(
+    ("at", "value"), [(8, zipfile.ZIP_DEFLATED), (18, 1 << 31), (22, 1 << 31)], ids=["method", "packed", "unpacked"]
+)
+def test_the_parts_of_an_archive_are_what_its_directory_says(tmp_path, at, value):
+    expected = torch.arange(4.0)
+    path = torch_file(tmp_path / "file.pt", {"a": expected})
+    data = bytearray(path.read_bytes())
+    for entry in zipfile.ZipFile(path).infolist():
+        struct.pack_into("<H" if at == 8 else "<L", data, entry.header_offset + at, value)
+    assert torch.equal(read_torch(path, bytes(data))["a"], expected)
+
+
+def test_an_archive_is_refused_that_has_no_directory_or_a_part_twice(tmp_path):
+    path = torch_file(tmp_path / "file.pt", {"a": torch.zeros(4)})
+    data = path.read_bytes()
+    path.write_bytes(data[: directory(data)[0]])
+    refused_file(path, "can be read safely: File is not a zip file")
+    path.write_bytes(data.replace(b"file/byteorder", b"file/.data/xxx").replace(b"file/.data/xxx", b"file/data.pkl\0"))
+    refused_file(path, "a part of it is there twice")
+
+
+@pytest.mark.parametrize("checksums", [False, True])
+@pytest.mark.parametrize("name", ["a.pt", "é 日本.bin"])
+def test_what_torch_saves_is_read_bit_for_bit(tmp_path, name, checksums):
+    tensors = {"a": torch.randn(3, 5), "b": torch.arange(7), "c": torch.zeros(0, 2), "d": torch.randn(2).bfloat16()}
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(checksums)
+    try:
+        path = torch_file(tmp_path / name, tensors)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    found = read_torch(path, path.read_bytes())
+    assert list(found) == list(tensors)
+    assert all(torch.equal(found[key], tensors[key]) and found[key].dtype == tensors[key].dtype for key in tensors)
 
 
 class Opens:
