@@ -16,6 +16,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -46,8 +47,9 @@ def campaign(options: argparse.Namespace) -> int:
     start, at, end = time.monotonic(), options.first, options.first + options.cases
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        while at < end:
-            at = child(options, at, end, counts)
+        with tempfile.TemporaryDirectory(prefix="flora-fuzz-") as folder:
+            while at < end:
+                at = child(options, at, end, counts, folder)
     except KeyboardInterrupt:
         done = sum(counter.total() for counter in counts.values())
         print(f"interrupted: go on with --first {options.first + done} --cases {options.cases - done}")
@@ -62,12 +64,14 @@ def campaign(options: argparse.Namespace) -> int:
     return bad > 0
 
 
-def child(options: argparse.Namespace, at: int, end: int, counts: dict[str, collections.Counter[str]]) -> int:
-    """Runs cases in a process until it ends; gives the number of the next case."""
+def child(
+    options: argparse.Namespace, at: int, end: int, counts: dict[str, collections.Counter[str]], folder: str
+) -> int:
+    """Runs cases in a process until it ends, its temporary files in a folder; gives the number of the next case."""
     command = [sys.executable, "-X", "faulthandler", str(FOLDER), "--serve", "--what", options.what]
     command += ["--seed", str(options.seed), "--first", str(at), "--cases", str(end - at)]
     limits = "allocator_may_return_null=1:max_allocation_size_mb=4096"  # of AddressSanitizer, as MEMORY is without it
-    environment = os.environ | {"ASAN_OPTIONS": f"{os.environ.get('ASAN_OPTIONS', '')}:{limits}"}
+    environment = os.environ | {"ASAN_OPTIONS": f"{os.environ.get('ASAN_OPTIONS', '')}:{limits}", "TMPDIR": folder}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
         try:
             at, hung = follow(process, options, at, counts)

@@ -67,6 +67,10 @@ class Arrangement:
             firsts = np.add.outer(firsts, np.arange(extent) * stride * self.size)
         return np.add.outer(firsts, np.arange(self.size)).ravel()
 
+    def spread(self) -> bool:
+        """Whether the elements are not one after another."""
+        return self.strides != list(torch.empty(self.shape, device="meta").stride())
+
     def same_as(self, other: Arrangement) -> bool:
         """Whether it is the same view of the same memory."""
         mine, its = ((a.address(), a.dtype, a.shape, a.strides) for a in (self, other))

@@ -95,6 +95,7 @@ class Case:
         self.extra: list[Any] = []  # positional arguments too many
         self.dropped = 0  # and too few
         self.watched: list[tuple[Any, bytes]] = []
+        self.valid = False  # nothing is wrong with the call, but a layout that no body writes
         self.changed = False  # the call means something else than its template
         self.hopeless = False  # the call has no meaning and is to be refused
         self.own_errors: tuple[type[BaseException], ...] = ()  # raised by the arguments themselves
@@ -197,6 +198,8 @@ class Case:
                     if not np.array_equal(memory, before[key]):
                         raise BrokenPromiseError(f"written before {error!r}") from error
                 self.check_watched(f"before {error!r}")
+                if self.valid and not self.may_refuse(error):
+                    raise BrokenPromiseError(f"a valid call was refused: {error!r}") from error
             return type(error).__name__
         if result is not None:
             raise BrokenPromiseError(f"gave {result!r}")
@@ -216,6 +219,14 @@ class Case:
         self.check_values(*expected)
         self.check_watched("beside the outputs")
         return "right"
+
+    def may_refuse(self, error: BaseException) -> bool:
+        """Whether it is of the layouts that the functions say that they do not take."""
+        return (
+            isinstance(error, ValueError)
+            and "stride" in str(error)
+            and any(map(Arrangement.spread, self.slots.values()))
+        )
 
     def check_around(self, memories: dict[int, Any], before: dict[int, Any]) -> None:
         for key, memory in memories.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 import struct
 import tempfile
 import warnings
@@ -186,8 +187,35 @@ def odd_values(data: bytes, random: Random) -> bytes:
     return safetensors.torch.save(tensors)
 
 
+def second_directory(data: bytes, random: Random) -> bytes:
+    """Of an archive: two directories, one of them spoilt; the end tells of the first, and the second lies before it.
+
+    Or the spoilt one alone.
+    """
+    end = data.rindex(b"PK\5\6")
+    size, start = struct.unpack_from("<LL", data, end + 12)
+    entries = data[start : start + size]
+    spoilt = bytearray(entries)
+    for _ in range(random.choice((1, 1, 2, 8))):
+        at = random.choice([m.start() for m in re.finditer(b"PK\1\2", entries)])
+        offset, form, values = random.choice(FIELDS)
+        struct.pack_into(form, spoilt, at + offset, random.choice(values))
+    one, other = random.choice(((entries, bytes(spoilt)), (bytes(spoilt), entries), (bytes(spoilt), b"")))
+    between = random.choice((end, start + size))  # before the last record, or all of them
+    return data[:start] + one + data[start + size : between] + other + data[between:]
+
+
+FIELDS = (  # of an entry: how it is packed, its sizes, the lengths of its name and what follows, where it lies
+    (10, "<H", (0, 8, 12, 99)),
+    (20, "<L", (0, 1, 1 << 20, 2**31, 2**32 - 1)),
+    (24, "<L", (0, 1, 1 << 20, 2**31, 2**32 - 1)),
+    (28, "<H", (0, 1, 65535)),
+    (30, "<H", (0, 8, 65535)),
+    (42, "<L", (0, 1, 64, 2**31, 2**32 - 1)),
+)
 BYTES = {"bytes changed": flip, "cut": cut, "more at the end": extend, "spliced": splice}
 OF_JSON = {"values": change_json, "nested": nest, "constants": constants, "keys twice": repeat_key, **BYTES}
+OF_ARCHIVE = {"second directory": second_directory, **BYTES}
 OF_TENSORS = {"header": change_header, "length": change_length, "values": odd_values, **BYTES}
 
 
@@ -195,7 +223,7 @@ class Files:
     """A model and the adapters that belong to it."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="flora-fuzz-"))
+        self.folder = Path(tempfile.mkdtemp())  # in one of the parent's, with which it goes
         (self.folder / "good").mkdir()
         self.sources = list(sources(self.folder / "good"))
         self.model = base()
@@ -205,7 +233,7 @@ class Files:
         source, entry, contents = random.choice(self.sources)
         spoilt = random.choice(sorted(contents))
         name = "JSON" if spoilt == CONFIG_FILE else "pickle" if spoilt.endswith(".pt") else "safetensors"
-        ways = OF_JSON if name == "JSON" else BYTES if name == "pickle" else OF_TENSORS
+        ways = OF_JSON if name == "JSON" else OF_ARCHIVE if name == "pickle" else OF_TENSORS
         way = random.choice(sorted(ways))
         kind = f"{source}, {name}: {way}"
         changed = contents | {spoilt: ways[way](contents[spoilt], random)}
