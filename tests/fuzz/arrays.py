@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from random import Random
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LENDERS: collections.deque[Any] = collections.deque(maxlen=100)
+"""The last producers: one lives as long as what it has lent, which a call may hold when it has let go of the object."""
 FILL = 0x3F  # guard bytes that are a small number in every dtype, wherever it starts
 RAW = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.uint16, torch.float16: np.float16}
 DLPACK = {torch.float32: (2, 32), torch.float64: (2, 64), torch.bfloat16: (4, 16), torch.float16: (2, 16)}
@@ -97,6 +100,7 @@ class Arrangement:
         shape, strides = fields.pop("shape", self.shape), fields.pop("strides", self.strides)
         producer = base(tuple(shape), None if strides is None else tuple(strides), **fields)
         producer.memory = self.memory
+        LENDERS.append(producer)
         return producer
 
     def stand_in(self, standing: str, random: Random) -> Any:
