@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,3 +40,20 @@ def test_nothing_is_left_when_it_is_told_to_stop(tmp_path, sent):
         output, _ = process.communicate(timeout=60)
     assert "interrupted: go on with --first" in output
     assert not list(tmp_path.iterdir())
+
+
+def test_a_valid_call_may_not_be_refused(monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "fuzz")
+    import attacks
+    import cases
+
+    def refuse(*arguments):
+        raise ValueError("not today")
+
+    template = cases.draw_template("drop", "0")
+    monkeypatch.setattr(cases, "_core", SimpleNamespace(drop=refuse))
+    spoilt, valid = (cases.Case(template, Random(1)) for _ in range(2))
+    assert spoilt.run() == "ValueError"
+    attacks.ATTACKS["nothing"](valid)
+    with pytest.raises(cases.BrokenPromiseError, match="a valid call was refused"):
+        valid.run()
