@@ -207,7 +207,7 @@ def with_head(path, head, size=None):
         ([], None, "'the head' has no shape"),
         (b'{"0.core": 1, "0.core": 1}', None, "a key is there twice"),
         (b"[" * 100_000, None, "is not JSON"),
-        (b" " * ((8 << 20) + 1), None, "bytes of JSON, which no adapter has"),
+        (b" " * ((32 << 20) + 1), None, "bytes of JSON, which no adapter has"),
     ],
 )
 def test_a_head_that_lies_takes_no_memory(saved, head, size, message):
