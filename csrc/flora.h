@@ -178,6 +178,12 @@ flora_status flora_rescale_linear_backward(const flora_view *d_row, const flora_
 flora_status flora_multiply(const flora_view *out, const flora_view *a, const flora_view *b,
                             char error[FLORA_ERROR_SIZE]);
 
+/* dx (batch, d_in, *in) = the input gradient of a convolution with weight (d_out, d_in, 3, 3) and stride 1, for dy
+ * (batch, d_out, *out), all of one compute type; padding is (before, after) of each mode. dx has unit stride along d_in
+ * or the last mode. */
+flora_status flora_conv_input_gradient(const flora_view *dx, const flora_view *dy, const flora_view *weight,
+                                       const int64_t padding[4], char error[FLORA_ERROR_SIZE]);
+
 /* out (n), unit stride: sets every element to zero with this probability; which ones depends on the seed alone. */
 flora_status flora_drop(const flora_view *out, double probability, uint64_t seed, char error[FLORA_ERROR_SIZE]);
 

@@ -1,4 +1,4 @@
-/* The large product of flora._core. See call.h. */
+/* The large products of gradients of flora._core. See call.h. */
 #include "call.h"
 
 PyDoc_STRVAR(multiply_doc,
@@ -21,4 +21,34 @@ static PyObject *multiply(PyObject *module, PyObject *const *args, Py_ssize_t na
     return result;
 }
 
-PyMethodDef flora_product_methods[] = {FAST(multiply), {NULL, NULL, 0, NULL}};
+PyDoc_STRVAR(
+    conv_input_gradient_doc,
+    "conv_input_gradient($module, dx, dy, weight, padding, /)\n--\n\n"
+    "dx (batch, d_in, *in) = the input gradient of y (batch, d_out, *out) = conv2d(x, weight (d_out, d_in, 3, 3)) of\n"
+    "stride 1 for dy of y's shape, overwritten; padding is (before, after) of each spatial mode, zeros.\n"
+    "\n"
+    "All float32 or all float64; dx has unit stride along its channels or its last mode, the others any strides. "
+    "Errors\n"
+    "as in tucker_conv_forward. By minimal filtering, whose rounding errors are about twice those of the definition.\n"
+    "Source: Lavin and Gray, arXiv 1509.09308, section 4.1.");
+
+static PyObject *conv_input_gradient(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    static const array_spec specs[] = {{"dx", OUT}, {"dy", IN}, {"weight", IN}};
+    const flora_view *v[3];
+    call c;
+    int64_t padding[4];
+    PyObject *result = NULL;
+    if (call_begin(&c, module, "conv_input_gradient", nargs, 4) < 0) {
+        return NULL;
+    }
+    int count = parse_ints(&c, args[3], "padding", 4, padding);
+    if (count >= 0 && count != 4) {
+        PyErr_Format(PyExc_ValueError, "conv_input_gradient: padding has %d entries, 4 are needed", count);
+    } else if (count == 4 && call_borrow_all(&c, args, specs, 3, v) == 0) {
+        CALL_RUN(c, result, flora_conv_input_gradient, v[0], v[1], v[2], padding);
+    }
+    call_end(&c);
+    return result;
+}
+
+PyMethodDef flora_product_methods[] = {FAST(multiply), FAST(conv_input_gradient), {NULL, NULL, 0, NULL}};

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,9 @@ OWN_PRODUCTS = (
     and os.environ.get("FLORA_PRODUCTS") != "torch"
 )
 """Whether large products of gradients are flora's: where PyTorch multiplies by MKL, on a CPU on which MKL is slower."""
+
+OWN_CONVOLUTIONS = info()["isa"].startswith("v") and os.environ.get("FLORA_PRODUCTS") != "torch"
+"""Whether input gradients of 3 × 3 convolutions are flora's, by minimal filtering: where its products are fast."""
 
 takes = _core.takes
 """Whether the kernels can work on (x, weight, bias, parameters): plain CPU tensors of dtypes that go together."""
@@ -118,26 +122,42 @@ class ConvOp(NamedTuple):
             if not any(needs):
                 return None, dw, None
         padding, extra = _split_padding(self.padding, self.padding_mode)
-        zero = (0,) * len(padding)
-        dx, dw_torch, db = _convolution_backward(
-            dy,
-            self._pad(x, extra),
-            weight,
-            weight.shape[:1],
-            self.stride,
-            padding,
-            self.dilation,
-            False,
-            zero,
-            self.groups,
-            needs,
-        )
+        padded = self._pad(x, extra)
+        dx = self._filtered(dy, padded, weight, padding) if needs[0] else None
+        rest = (needs[0] and dx is None, *needs[1:])
+        dw_torch = db = None
+        if any(rest):
+            zero = (0,) * len(padding)
+            geometry = (self.stride, padding, self.dilation, False, zero, self.groups)
+            dx_torch, dw_torch, db = _convolution_backward(dy, padded, weight, weight.shape[:1], *geometry, rest)
+            dx = dx_torch if rest[0] else dx
         if needs[0] and extra is not None:
             with torch.enable_grad():  # the graph of the padding alone
                 source = x.detach().requires_grad_()
                 padded = self._pad(source, extra)
             (dx,) = torch.autograd.grad(padded, source, dx)
         return dx, dw if in_c else dw_torch if needs[1] else None, db
+
+    def _filtered(self, dy: Tensor, x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> Tensor | None:
+        """The input gradient by minimal filtering, in x's layout; None where that is not known to be the faster way."""
+        batch, channels, *extents = x.shape
+        if (
+            not OWN_CONVOLUTIONS
+            or weight.shape[2:] != (3, 3)
+            or (*self.stride, *self.dilation, self.groups) != (1, 1, 1, 1, 1)
+            or min(channels, len(weight)) < LEAST_CHANNELS
+            or batch * prod(extents) < LEAST_PIXELS
+            or dy.dtype not in (torch.float32, torch.float64)
+            or _rounds_convolutions()
+            or not takes(dy, weight, None, ())
+        ):
+            return None
+        plain = x.is_contiguous() and weight.is_contiguous()
+        last = not plain and (_is_channels_last(x) or _is_channels_last(weight))
+        dx = torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
+        before, width = padding
+        _core.conv_input_gradient(dx, dy, weight, (before, before, width, width))
+        return dx
 
     def writable(self, y: Tensor) -> Tensor:
         """y in a layout that the kernels write: unit stride along the channels or the last spatial mode."""
@@ -155,6 +175,20 @@ class ConvOp(NamedTuple):
     def pixels(self, x: Tensor, weight: Tensor) -> tuple[int, int, int]:
         """Groups, and how many pixels there are before and after the layer, over the whole batch."""
         return _pixels(self, x.shape, weight.shape)
+
+
+LEAST_CHANNELS, LEAST_PIXELS = 16, 64
+"""From so many channels on either side, and pixels of the input in a batch, minimal filtering is the faster way; with
+fewer pixels its time is that of the weight's transform."""
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _rounds_convolutions() -> bool:
+    """Whether PyTorch was allowed to narrow float32 convolutions, which is faster where the CPU has products for it."""
+    return getattr(getattr(torch.backends.mkldnn, "conv", None), "fp32_precision", "none") not in ("none", "ieee")
 
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)

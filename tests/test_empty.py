@@ -69,6 +69,12 @@ def conv_weight_gradient(out, batch, d_in, d_out, extent):
     return (dw,) if dy.numel() == 0 else ()
 
 
+def conv_input_gradient(out, batch, d_in, d_out, height, width):
+    dx, dy = array(batch, d_in, height, width), array(batch, d_out, height, width)
+    _core.conv_input_gradient(dx, dy, array(d_out, d_in, 3, 3), (1, 1, 1, 1))
+    return (dx,) if d_out == 0 else ()
+
+
 def tucker_reconstruct(out, *sizes):
     dims, ranks = sizes[:3], sizes[3:]
     weight, factors = array(*dims), [array(*pair) for pair in zip(dims, ranks, strict=True)]
@@ -161,6 +167,7 @@ CALLS = [
     tucker_conv_forward,
     tucker_conv_backward,
     conv_weight_gradient,
+    conv_input_gradient,
     tucker_reconstruct,
     tucker_reconstruct_backward,
     kronecker_forward,

@@ -590,19 +590,101 @@ def test_dropout_keeps_the_expected_share_and_scale():
     assert not torch.equal(factor, dropout_factor(x, 0.3, 8))
 
 
+SAME = (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("last", ["neither", "x", "weight"])
+@pytest.mark.parametrize(
+    ("padding", "mode"), [(SAME, "zeros"), ((0, 2, 1, 1), "zeros"), (SAME, "reflect"), (SAME, "circular")]
+)
+def test_own_input_gradients_of_convolutions(monkeypatch, dtype, last, padding, mode):
+    """By minimal filtering they are PyTorch's but for rounding, in PyTorch's memory format, beside the other two."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 17, 9, 10, dtype=dtype), torch.randn(19, 17, 3, 3, dtype=dtype)
+    x = x.to(memory_format=torch.channels_last) if last == "x" else x
+    weight = weight.to(memory_format=torch.channels_last) if last == "weight" else weight
+    op = ConvOp((1, 1), padding, (1, 1), 1, mode)
+    dy = torch.randn_like(op.base(x, weight, None))
+    monkeypatch.setattr(ops, "OWN_CONVOLUTIONS", False)
+    theirs = op.base_backward(dy, x, weight, (True, True, True))
+    calls = calls_of(monkeypatch, "conv_input_gradient")
+    monkeypatch.setattr(ops, "OWN_CONVOLUTIONS", True)
+    ours = op.base_backward(dy, x, weight, (True, True, True))
+    assert len(calls) == 1
+    for own, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, their, rtol=0, atol=float(their.abs().max()) * 5 * torch.finfo(dtype).eps)
+        assert own.stride() == their.stride()
+    (alone,) = (g for g in op.base_backward(dy, x, weight, (True, False, False)) if g is not None)
+    assert torch.equal(alone, ours[0])
+    dx, dw, _ = op.base_backward(dy, x, weight, (False, True, False))
+    assert dx is None and torch.equal(dw, theirs[1]) and len(calls) == 2
+
+
+def calls_of(monkeypatch, function):
+    """The arguments of each call of a C function that `flora.ops` makes from now on."""
+    calls, kernel = [], getattr(_core, function)
+    own = SimpleNamespace(**{name: getattr(_core, name) for name in dir(_core)})
+    setattr(own, function, lambda *arguments: (calls.append(arguments), kernel(*arguments)))
+    monkeypatch.setattr(ops, "_core", own)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("change", "shape", "kernel"),
+    [
+        ({}, (2, 16, 9, 9), (16, 16, 5, 5)),
+        ({}, (2, 16, 9, 9), (16, 16, 1, 1)),
+        ({"stride": (2, 1)}, (2, 16, 9, 9), (16, 16, 3, 3)),
+        ({"dilation": (1, 2)}, (2, 16, 9, 9), (16, 16, 3, 3)),
+        ({"groups": 2}, (2, 32, 9, 9), (32, 16, 3, 3)),
+        ({}, (2, 16, 9, 9), (15, 16, 3, 3)),
+        ({}, (2, 15, 9, 9), (16, 15, 3, 3)),
+        ({}, (1, 16, 7, 9), (16, 16, 3, 3)),
+        ({"dtype": torch.bfloat16}, (2, 16, 9, 9), (16, 16, 3, 3)),
+        ({"fp32_precision": "bf16"}, (2, 16, 9, 9), (16, 16, 3, 3)),
+    ],
+    ids=str,
+)
+def test_other_input_gradients_are_pytorchs(monkeypatch, change, shape, kernel):
+    monkeypatch.setattr(ops, "OWN_CONVOLUTIONS", True)
+    calls = calls_of(monkeypatch, "conv_input_gradient")
+    geometry = [change.get("stride", (1, 1)), SAME, change.get("dilation", (1, 1)), change.get("groups", 1)]
+    dtype = change.get("dtype", torch.float32)
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(kernel).to(dtype)
+    op = ConvOp(*geometry)
+    y = op.base(x, weight, None)
+    dy = torch.randn_like(y)
+    torch.backends.mkldnn.conv.fp32_precision = change.get("fp32_precision", "none")
+    try:
+        (expected,) = torch.autograd.grad(y, x, dy)
+        assert torch.equal(op.base_backward(dy, x.detach(), weight, (True, False, False))[0], expected)
+    finally:
+        torch.backends.mkldnn.conv.fp32_precision = "none"
+    assert not calls
+
+
+def test_an_adapted_convolution_starts_as_the_frozen_one_and_its_gradient_close_to_it(monkeypatch):
+    monkeypatch.setattr(ops, "OWN_CONVOLUTIONS", True)
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(32, 48, 3, padding=1).requires_grad_(False)
+    x = torch.randn(4, 32, 11, 13, requires_grad=True)
+    expected = layer(x)
+    dy = torch.randn_like(expected)
+    (d_expected,) = torch.autograd.grad(expected, x, dy)
+    y = flora.wrap(layer, flora.TuckerConfig(rank=4, plan="fused"))(x)
+    assert torch.equal(y, expected)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    torch.testing.assert_close(dx, d_expected, rtol=0, atol=1e-6 * float(d_expected.abs().max()))
+
+
 @pytest.mark.parametrize("op", [LINEAR, ADDMM], ids=["linear", "addmm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_own_products_of_gradients(monkeypatch, op, dtype):
     """Where flora multiplies itself, gradients are those of PyTorch's products, and large ones alone are."""
-    sizes = []
-    kernel = _core.multiply
-
-    def multiply(out, a, b):
-        sizes.append((*a.shape, b.shape[1]))
-        kernel(out, a, b)
-
+    sizes = calls_of(monkeypatch, "multiply")
     monkeypatch.setattr(ops, "OWN_PRODUCTS", True)
-    monkeypatch.setattr(ops, "_core", SimpleNamespace(multiply=multiply))
     torch.manual_seed(0)
     weight = torch.randn(70, 130, dtype=dtype)
     for batch, expected in ((4, 0), (60, 2)):

@@ -113,7 +113,7 @@ class Case:
         self.arguments = arguments | {"scale": abs(arguments.get("scale", 1.0))}
         magnitude = self.call(reference, lambda t: t.double().abs().clone(memory_format=torch.contiguous_format))
         self.arguments = arguments
-        if self.function.startswith("toeplitz"):  # transforms and sums along diagonals mix an array's numbers
+        if self.function.startswith(("toeplitz", "conv_input")):  # transforms mix an array's numbers
             magnitude = {
                 name: sums.amax().expand_as(sums) if sums.numel() else sums for name, sums in magnitude.items()
             }
@@ -279,6 +279,21 @@ def weight_gradient(case, *sizes):
     kernel = [r if u is None else u.shape[0] for r, u in zip(ranks, of_kernel, strict=True)]
     a["dy"] = case.input(*shape, dtype=case.dtype)
     a["d_weight"] = case.output("d_weight", u_out.shape[0], u_in.shape[0], *kernel)
+
+
+def input_gradient(case, *sizes):
+    if not sizes:
+        padding = [case.draw(st.integers(0, 3)) for _ in range(4)]
+        extents = [case.draw(st.integers(max(1, 3 - sum(padding[2 * i : 2 * i + 2])), 21)) for i in range(2)]
+        sizes = (case.draw(st.integers(0, 3)), case.draw(DIMS), case.draw(DIMS), padding, extents)
+    batch, d_out, d_in, padding, extents = sizes
+    out = [n + padding[2 * i] + padding[2 * i + 1] - 2 for i, n in enumerate(extents)]
+    case.arguments |= {
+        "dx": case.output("dx", batch, d_in, *extents),
+        "dy": case.input(batch, d_out, *out),
+        "weight": case.input(d_out, d_in, 3, 3),
+        "padding": padding,
+    }
 
 
 def tucker(case, dims):
@@ -487,6 +502,7 @@ BUILDERS = {
     "tucker_conv_forward": conv_forward,
     "tucker_conv_backward": conv_backward,
     "conv_weight_gradient": weight_gradient,
+    "conv_input_gradient": input_gradient,
     "tucker_reconstruct": reconstruct,
     "tucker_reconstruct_backward": reconstruct_backward,
     "kronecker_forward": kronecker_forward,
@@ -513,6 +529,10 @@ DIRECT_LINE = (2, 1, 33, 5, None, 4, (5,), (1,), (2, 2), (1,), "circular", (3001
 DIRECT_POINTS = (3, 1, 37, 41, None, 11, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), "zeros", (33, 47))
 DIRECT = (DIRECT_CONV, DIRECT_DEEP, DIRECT_GROUPS, DIRECT_LINE, DIRECT_POINTS)
 LARGE_DEPTHWISE = (3, 37, 1, 1, 1, 1, (3, 3), (2, 1), (1, 0, 1, 2), (1, 1), "zeros", (43, 39))
+LARGE_FILTERS = (
+    (2, 37, 41, (1, 1, 0, 2), (33, 147)),  # several stretches on a line, blocks of them
+    (3, 37, 301, (1, 1, 1, 1), (17, 20)),  # more input channels than tiles, in two blocks
+)
 LARGE_TOEPLITZ = ((403, 1031, 517, None, 2), (211, 301, 1109, 541, 1), (67, 519, 67, 301, 19))  # terms fill vectors
 LARGE = [
     ("drop", (100_003,)),
@@ -522,6 +542,7 @@ LARGE = [
     *(("tucker_conv_forward", sizes) for sizes in (LARGE_CONV, LARGE_GROUPS, *DIRECT)),
     *(("tucker_conv_backward", sizes) for sizes in (LARGE_CONV, LARGE_GROUPS, NARROW_CONV, *DIRECT)),
     *(("conv_weight_gradient", sizes) for sizes in (LARGE_DEPTHWISE, LARGE_GROUPS)),
+    *(("conv_input_gradient", sizes) for sizes in LARGE_FILTERS),
     *(("tucker_reconstruct", dims) for dims in ((517, 301), (131, 77, 3, 5))),
     *(("tucker_reconstruct_backward", dims) for dims in ((517, 301), (131, 77, 3, 5))),
     *(("kronecker_forward", sizes) for sizes in ((517, 32, 9, 11, 16), (301, 7, 21, 19, 13))),
@@ -875,6 +896,33 @@ BAD = [
     ("conv_weight_gradient", "d_weight", lambda a: a["d_weight"][1:], ValueError, "d_weight|groups|dy"),
     ("conv_weight_gradient", "x", lambda a: a["x"].double(), TypeError, "float64"),
     ("conv_weight_gradient", "groups", lambda a: 2, ValueError, "groups"),
+    (
+        "conv_input_gradient",
+        "weight",
+        lambda a: a["weight"][..., :2],
+        ValueError,
+        r"weight must have shape \(5, 4, 3, 3\)",
+    ),
+    ("conv_input_gradient", "weight", lambda a: a["weight"][0], ValueError, "weight must have 4 dimensions"),
+    ("conv_input_gradient", "weight", lambda a: a["weight"].half(), TypeError, "weight must be float32, not float16"),
+    ("conv_input_gradient", "dx", lambda a: a["dx"][0], ValueError, "dx must have 4 dimensions"),
+    ("conv_input_gradient", "dx", lambda a: a["dx"][:, 1:], ValueError, "dx must have shape"),
+    ("conv_input_gradient", "dx", lambda a: a["dx"][..., :1, :1], ValueError, "dy must have shape|larger than"),
+    ("conv_input_gradient", "dx", lambda a: a["dx"].bfloat16(), TypeError, "must be float32, not bfloat16"),
+    (
+        "conv_input_gradient",
+        "dx",
+        lambda a: a["dx"].new_empty(2, 8, 6, 14)[:, ::2, :, ::2],
+        ValueError,
+        "dx must have unit stride along its channels or its columns, not 168 and 2",
+    ),
+    ("conv_input_gradient", "dx", lambda a: a["dy"][:, :4], ValueError, "the output dx and the input dy share memory"),
+    ("conv_input_gradient", "dy", lambda a: a["dy"][1:], ValueError, "dy must have shape"),
+    ("conv_input_gradient", "dy", lambda a: a["dy"].double(), TypeError, "dy must be float32, not float64"),
+    ("conv_input_gradient", "padding", lambda a: (1, 1), ValueError, "padding has 2 entries, 4 are needed"),
+    ("conv_input_gradient", "padding", lambda a: (1, 1, 1, -1), ValueError, r"padding must not be negative"),
+    ("conv_input_gradient", "padding", lambda a: (1, 1, 1, 1.5), TypeError, "padding"),
+    ("conv_input_gradient", "padding", lambda a: (2**62,) * 4, ValueError, "too large"),
     ("tucker_reconstruct", "factors", lambda a: a["factors"][:1], ValueError, "out must have 1 dimensions, not shape"),
     ("tucker_reconstruct", "factors", lambda a: a["factors"] * 3, ValueError, "factors has 6 entries, at most 5"),
     ("tucker_reconstruct", "factors", lambda a: a["factors"][::-1], ValueError, r"factors\[0\] must have"),
@@ -969,6 +1017,7 @@ BAD_SIZES = {
     "rescale_linear": (5, 7, 9),
     "rescale": (7, 9),
     "linear": (5, 4, 3, 2, 3),
+    "conv_input": (2, 5, 4, (1, 1, 1, 1), (6, 7)),
     "conv": (2, 1, 5, 3, 2, 3, (3, 3), (1, 1), (0, 0, 0, 0), (1, 1), "zeros", (6, 7)),
     "reconstruct": (7, 9),
 }

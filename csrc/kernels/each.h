@@ -41,6 +41,7 @@
 #include "taps.inc.h"
 #include "kronecker.inc.h"
 #include "rescale.inc.h"
+#include "winograd.inc.h"
 #include "spectra.inc.h"
 #include "slide.inc.h"
 #undef act
@@ -84,6 +85,7 @@
 #include "taps.inc.h"
 #include "kronecker.inc.h"
 #include "rescale.inc.h"
+#include "winograd.inc.h"
 #include "spectra.inc.h"
 #include "slide.inc.h"
 #undef act
@@ -116,6 +118,10 @@ const flora_kernels PASTE2(flora_kernels, FLORA_ISA)[4] = {
      SYMBOL(few_project, f32),
      SYMBOL(few_expand, f32),
      SYMBOL(few_outer, f32),
+     SYMBOL(winograd_taps, f32),
+     SYMBOL(winograd_filter, f32),
+     SYMBOL(winograd_input, f32),
+     SYMBOL(winograd_output, f32),
      SYMBOL(slide, f32),
      &SYMBOL(spectra, f32)},
     {8,
@@ -137,6 +143,10 @@ const flora_kernels PASTE2(flora_kernels, FLORA_ISA)[4] = {
      SYMBOL(few_project, f64),
      SYMBOL(few_expand, f64),
      SYMBOL(few_outer, f64),
+     SYMBOL(winograd_taps, f64),
+     SYMBOL(winograd_filter, f64),
+     SYMBOL(winograd_input, f64),
+     SYMBOL(winograd_output, f64),
      SYMBOL(slide, f64),
      &SYMBOL(spectra, f64)},
     {2,
@@ -158,6 +168,10 @@ const flora_kernels PASTE2(flora_kernels, FLORA_ISA)[4] = {
      SYMBOL(few_project, f32),
      SYMBOL(few_expand, f32),
      SYMBOL(few_outer, f32),
+     SYMBOL(winograd_taps, f32),
+     SYMBOL(winograd_filter, f32),
+     SYMBOL(winograd_input, f32),
+     SYMBOL(winograd_output, f32),
      SYMBOL(slide, bf16),
      &SYMBOL(spectra, f32)},
     {2,
@@ -179,6 +193,10 @@ const flora_kernels PASTE2(flora_kernels, FLORA_ISA)[4] = {
      SYMBOL(few_project, f32),
      SYMBOL(few_expand, f32),
      SYMBOL(few_outer, f32),
+     SYMBOL(winograd_taps, f32),
+     SYMBOL(winograd_filter, f32),
+     SYMBOL(winograd_input, f32),
+     SYMBOL(winograd_output, f32),
      SYMBOL(slide, f16),
      &SYMBOL(spectra, f32)},
 };

@@ -120,6 +120,12 @@ typedef struct {
     void (*few_expand)(const flora_few *f);
     void (*few_outer)(const flora_few *f);
 
+    /* The transforms of Winograd's F(2 x 2, 3 x 3), LANES channels at once; all real and scratch: see winograd.inc.h */
+    void (*winograd_taps)(void *taps, const void *from, int64_t channel);
+    void (*winograd_filter)(void *parts, int64_t part, const void *taps);
+    void (*winograd_input)(void *parts, int64_t part, int64_t tile, const void *lines, int64_t line, int64_t tiles);
+    void (*winograd_output)(void *lines, int64_t line, const void *parts, int64_t part, int64_t tile, int64_t tiles);
+
     void (*slide)(const flora_slide *s);
     const flora_spectra *spectra; /* of the compute type */
 } flora_kernels;

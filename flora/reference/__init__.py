@@ -5,7 +5,7 @@ their differentiable halves (the functions that return a value) where the C kern
 subclasses, ``torch.func``, double backward.
 """
 
-from flora.reference.conv import conv_weight_gradient, pad_input
+from flora.reference.conv import conv_input_gradient, conv_weight_gradient, pad_input
 from flora.reference.dropout import drop
 from flora.reference.kronecker import (
     kronecker_backward,
@@ -46,6 +46,7 @@ from flora.reference.tucker import (
 __all__ = [
     "conv_core",
     "conv_expand",
+    "conv_input_gradient",
     "conv_project",
     "conv_update",
     "conv_weight_gradient",

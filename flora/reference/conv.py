@@ -1,4 +1,4 @@
-"""Twins around a stock convolution: padding in every mode, and the weight gradient."""
+"""Twins around a stock convolution: padding in every mode, and the gradients of weight and input."""
 
 from __future__ import annotations
 
@@ -39,3 +39,18 @@ def conv_weight_gradient(
         y = CONV[weight.ndim - 2](padded, weight, None, tuple(stride), 0, tuple(dilation), groups)
         (grad,) = torch.autograd.grad(y, weight, dy.to(d_weight.dtype))
     d_weight.copy_(grad)
+
+
+def conv_input_gradient(dx: Tensor, dy: Tensor, weight: Tensor, padding: Sequence[int]) -> None:
+    """The input gradient of conv2d(x (batch, d_in, *in), weight (d_out, d_in, 3, 3)) of stride 1 for dy, written to dx.
+
+    ``padding`` is as in `pad_input`, with zeros.
+    """
+    extents = [n + before + after for n, before, after in zip(dx.shape[2:], padding[::2], padding[1::2], strict=True)]
+    padded = dy.new_zeros(*dx.shape[:2], *extents)
+    for i in range(3):
+        for j in range(3):
+            seen = padded[:, :, i : i + dy.shape[2], j : j + dy.shape[3]]
+            seen += torch.einsum("bohw,oc->bchw", dy, weight[:, :, i, j])
+    top, left = padding[::2]
+    dx.copy_(padded[:, :, top : top + dx.shape[2], left : left + dx.shape[3]])

@@ -31,6 +31,7 @@ SIZES = {
     "tucker_conv_forward": CONV,
     "tucker_conv_backward": CONV,
     "conv_weight_gradient": CONV,
+    "conv_input_gradient": (1, 3, 2, (1, 1, 1, 1), (5, 4)),
     "tucker_reconstruct": (3, 4),
     "tucker_reconstruct_backward": (3, 4),
     "kronecker_forward": (3, 2, 3, 4, 5),

@@ -167,6 +167,10 @@ static int64_t integer(const given *g, int place) {
     return g->call->arguments[place].integers[0];
 }
 
+static const int64_t *integers(const given *g, int place) {
+    return g->call->arguments[place].integers;
+}
+
 /* stride, padding, dilation, groups and padding mode from `place` on */
 static const flora_geometry *geometry(given *g, int place) {
     const argument *a = &g->call->arguments[place];
@@ -196,6 +200,7 @@ FUNCTION(tucker_conv_forward, ONE(0), ONE(1), ONE(2), ONE(3), LIST(4), NUMBER_AT
 FUNCTION(tucker_conv_backward, ONE(0), ONE(1), LIST(2), ONE(3), ONE(4), ONE(5), ONE(6), LIST(7), NUMBER_AT(8),
          geometry(g, 9))
 FUNCTION(conv_weight_gradient, ONE(0), ONE(1), ONE(2), geometry(g, 3))
+FUNCTION(conv_input_gradient, ONE(0), ONE(1), ONE(2), integers(g, 3))
 FUNCTION(tucker_reconstruct, ONE(0), ONE(1), ONE(2), LIST(3), length(g, 3), NUMBER_AT(4))
 FUNCTION(tucker_reconstruct_backward, ONE(0), LIST(1), ONE(2), ONE(3), LIST(4), length(g, 4), NUMBER_AT(5))
 FUNCTION(kronecker_forward, ONE(0), ONE(1), ONE(2), ONE(3), ONE(4), NUMBER_AT(5))
@@ -222,6 +227,7 @@ static const struct {
                  ENTRY(tucker_conv_forward),
                  ENTRY(tucker_conv_backward),
                  ENTRY(conv_weight_gradient),
+                 ENTRY(conv_input_gradient),
                  ENTRY(tucker_reconstruct),
                  ENTRY(tucker_reconstruct_backward),
                  ENTRY(kronecker_forward),
