@@ -283,7 +283,7 @@ def weight_gradient(case, *sizes):
 
 def input_gradient(case, *sizes):
     if not sizes:
-        padding = [case.draw(st.integers(0, 3)) for _ in range(4)]
+        padding = case.draw(st.tuples(*[st.integers(0, 3)] * 4))
         extents = [case.draw(st.integers(max(1, 3 - sum(padding[2 * i : 2 * i + 2])), 21)) for i in range(2)]
         sizes = (case.draw(st.integers(0, 3)), case.draw(DIMS), case.draw(DIMS), padding, extents)
     batch, d_out, d_in, padding, extents = sizes
