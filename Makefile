@@ -77,7 +77,7 @@ study: $(BUILT)  ## FLoRA beside other methods on real tasks; hours. ARGS="--qui
 # A build of its own beside the normal one. The tests run from its folder, so that it is the one they import. What Python
 # itself never frees is no leak of ours, and freed memory is held only briefly, as some tests watch the process grow.
 SANITIZED_PYTHON = cd $(SANITIZED)/lib && export PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib UBSAN_OPTIONS=halt_on_error=1 \
-  ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=8 \
+  ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=4 \
   LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" && \
   $(CURDIR)/$(BIN)/python -c 'import flora._core as c; assert "$(SANITIZED)" in c.__file__, c.__file__' && \
   $(CURDIR)/$(BIN)/python
