@@ -8,10 +8,11 @@
  * to 16 parts (kernels/winograd.inc.h); each part is a product of matrices, (tiles, d_out) · (d_out, d_in), and 16 sums
  * give 2 × 2 pixels: 16 multiplications for 36.
  *
- * Tiles are counted along stretches of a line and taken in blocks, input channels in panels of two vectors. Of dy's
- * parts and the weight's, one are formed for all first and the others, by the block or the panel, where they are used
- * and still in the second-level cache: whichever are more, as it is they that would come back from memory. Every sum
- * runs in the order of o, whatever the blocks and the threads. */
+ * Tiles are counted along stretches of a line and taken in blocks, input channels in panels of two vectors. Of the
+ * two sets of parts, dy's by the block and the weight's by the panel, the smaller is formed first and the larger piece
+ * by piece, where it is used and still in the second-level cache. What is formed first is limited, too: of more blocks
+ * or panels than SHARED_BYTES hold, so many at a time. Every sum runs in the order of o, in pieces of DEPTH, whatever
+ * the blocks and the threads. */
 #include "parallel.h"
 #include "tucker.h"
 
@@ -20,13 +21,15 @@
 enum {
     PARTS = 16,
     TAPS = 9,
-    STRETCH = 32,             /* tiles of a line at most */
-    BLOCK_BYTES = 1024 << 10, /* dy's parts of a block that is formed where it is used, or else … */
-    FEW_TILES = 16,           /* … so many tiles: fewer do not fill the registers of the product */
-    SOME_TILES = 64,          /* of a block at most: more change nothing for the product */
-    MANY_TILES = 256,         /* of a block whose parts are formed first: the weight's are read again for each */
-    STRIP = 8,                /* output channels in a task that transforms the weight: 8 lines of each panel and part */
-    AHEAD = 4,                /* as many output channels on, the weight is fetched */
+    STRETCH = 32,            /* tiles of a line at most */
+    SHARED_BYTES = 32 << 20, /* of the parts that are formed first */
+    BLOCK_BYTES = 1 << 20,   /* of dy's parts of a block that is formed where it is used, or else … */
+    FEW_TILES = 16,          /* … so many tiles: fewer do not fill the registers of the product */
+    SOME_TILES = 64,         /* of such a block at most: more change nothing for the product */
+    MANY_TILES = 256,        /* of a block that is formed first: the weight's parts are read again for each */
+    DEPTH = 128,             /* terms of a sum that is rounded by itself: 512 in a row have twice the error */
+    STRIP = 32,              /* output channels in a task that transforms the weight */
+    AHEAD = 4,               /* as many output channels on, the weight is fetched */
     LINE = 64 /* bytes of the cache; between the rows of dy's parts, to keep them out of each other's sets */
 };
 
@@ -42,12 +45,13 @@ typedef struct {
     int64_t panel, panels;    /* input channels of a panel; how many panels */
     int64_t row;              /* of dy's parts: d_out, up to a whole vector, and LINE */
     int64_t blocks, tiles;    /* how many blocks; tiles of a block at most */
-    int weight_later;         /* dy's parts are formed first, the weight's by the panel */
+    int dy_first;             /* dy's parts are formed first, not the weight's */
+    int64_t begin, end;       /* of which blocks or panels they are there now */
     int chunks;
     flora_scratch scratch;
-    size_t first; /* dy's parts (blocks, PARTS, tiles, row), or the weight's (panels, PARTS, d_out, panel) */
-    size_t rooms; /* of each thread: */
-    size_t own;   /* the other parts, of one block or panel */
+    size_t shared; /* dy's parts (blocks, PARTS, tiles, row), or the weight's (panels, PARTS, d_out, panel) */
+    size_t rooms;  /* of each thread: */
+    size_t own;    /* the other parts, of one block or panel */
     size_t taps, sums, pixels, turned;
     int64_t room_size;
 } gradient;
@@ -121,7 +125,7 @@ static stretch stretch_of(const gradient *g, int64_t n) {
 
 /* Where a block's stretches begin. */
 static int64_t block_begin(const gradient *g, int64_t block) {
-    return g->total * block / g->blocks;
+    return flora_chunk_begin(g->total, block, g->blocks);
 }
 
 /* to (4, width, lanes) = what the stretch sees of dy in `channels` channels from o on; zeros beyond dy's edges */
@@ -192,18 +196,24 @@ static void multiply(const gradient *g, int chunk, int64_t block, const char *of
     for (int64_t n = block_begin(g, block); n < block_begin(g, block + 1); n++)
         tiles += stretch_of(g, n).count;
     for (int64_t p = 0; p < PARTS; p++) {
-        const flora_gemm product = {.m = tiles,
-                                    .n = width,
-                                    .k = g->d_out,
-                                    .a = at(g, of_dy, p * g->tiles * g->row),
-                                    .a_m = g->row,
-                                    .a_k = 1,
-                                    .b = at(g, of_weight, p * g->d_out * g->panel),
-                                    .b_k = g->panel,
-                                    .taps = 1,
-                                    .c = at(g, sums, p * part),
-                                    .c_m = g->panel};
-        g->kernels->gemm(&product);
+        char *sum = at(g, sums, p * part);
+        int64_t o = 0;
+        do { /* also without any output channel, as the sums are written then, too */
+            const flora_gemm product = {.m = tiles,
+                                        .n = width,
+                                        .k = flora_min(DEPTH, g->d_out - o),
+                                        .a = at(g, of_dy, p * g->tiles * g->row + o),
+                                        .a_m = g->row,
+                                        .a_k = 1,
+                                        .b = at(g, of_weight, (p * g->d_out + o) * g->panel),
+                                        .b_k = g->panel,
+                                        .taps = 1,
+                                        .c_in = o > 0 ? sum : NULL,
+                                        .c = sum,
+                                        .c_m = g->panel};
+            g->kernels->gemm(&product);
+            o += DEPTH;
+        } while (o < g->d_out);
     }
     for (int64_t v = 0; v < width; v += lanes) {
         int64_t tile = 0;
@@ -217,56 +227,57 @@ static void multiply(const gradient *g, int chunk, int64_t block, const char *of
     }
 }
 
-/* The weight first ----------------------------------------------------------------------------------------------- */
+/* The weight's parts first -------------------------------------------------------------------------------------- */
 
 static char *panel_parts(const gradient *g, int64_t panel) {
-    return at(g, g->scratch.base + g->first, panel * PARTS * g->d_out * g->panel);
+    return at(g, g->scratch.base + g->shared, (panel - g->begin) * PARTS * g->d_out * g->panel);
 }
 
-static void weight_first_chunk(int chunk, void *gradient_) {
+static void share_panels(int chunk, void *gradient_) {
     const gradient *g = gradient_;
-    const int64_t strips = (g->d_out + STRIP - 1) / STRIP, tasks = strips * g->panels;
+    const int64_t panels = g->end - g->begin, tasks = (g->d_out + STRIP - 1) / STRIP * panels;
     for (int64_t task = flora_chunk_begin(tasks, chunk, g->chunks);
          task < flora_chunk_begin(tasks, chunk + 1, g->chunks); task++) {
-        const int64_t panel = task % g->panels, o = task / g->panels * STRIP;
+        const int64_t panel = g->begin + task % panels, o = task / panels * STRIP;
         transform_weight(g, chunk, panel_parts(g, panel), panel, o, flora_min(o + STRIP, g->d_out));
     }
 }
 
-static void block_chunk(int chunk, void *gradient_) {
+static void take_blocks(int chunk, void *gradient_) {
     const gradient *g = gradient_;
     char *parts = in_room(g, chunk, g->own);
     for (int64_t block = flora_chunk_begin(g->blocks, chunk, g->chunks);
          block < flora_chunk_begin(g->blocks, chunk + 1, g->chunks); block++) {
         transform_block(g, chunk, parts, block, 0, g->d_out);
-        for (int64_t panel = 0; panel < g->panels; panel++)
+        for (int64_t panel = g->begin; panel < g->end; panel++)
             multiply(g, chunk, block, parts, panel, panel_parts(g, panel));
     }
 }
 
-/* dy first ------------------------------------------------------------------------------------------------------- */
+/* dy's parts first ---------------------------------------------------------------------------------------------- */
 
 static char *block_parts(const gradient *g, int64_t block) {
-    return at(g, g->scratch.base + g->first, block * PARTS * g->tiles * g->row);
+    return at(g, g->scratch.base + g->shared, (block - g->begin) * PARTS * g->tiles * g->row);
 }
 
-static void dy_first_chunk(int chunk, void *gradient_) {
+static void share_blocks(int chunk, void *gradient_) {
     const gradient *g = gradient_;
-    const int64_t lanes = g->kernels->lanes, vectors = (g->d_out + lanes - 1) / lanes, tasks = g->blocks * vectors;
+    const int64_t lanes = g->kernels->lanes, vectors = (g->d_out + lanes - 1) / lanes;
+    const int64_t tasks = (g->end - g->begin) * vectors;
     for (int64_t task = flora_chunk_begin(tasks, chunk, g->chunks);
          task < flora_chunk_begin(tasks, chunk + 1, g->chunks); task++) {
-        const int64_t block = task / vectors, o = task % vectors * lanes;
+        const int64_t block = g->begin + task / vectors, o = task % vectors * lanes;
         transform_block(g, chunk, block_parts(g, block), block, o, flora_min(o + lanes, g->d_out));
     }
 }
 
-static void panel_chunk(int chunk, void *gradient_) {
+static void take_panels(int chunk, void *gradient_) {
     const gradient *g = gradient_;
     char *parts = in_room(g, chunk, g->own);
     for (int64_t panel = flora_chunk_begin(g->panels, chunk, g->chunks);
          panel < flora_chunk_begin(g->panels, chunk + 1, g->chunks); panel++) {
         transform_weight(g, chunk, parts, panel, 0, g->d_out);
-        for (int64_t block = 0; block < g->blocks; block++)
+        for (int64_t block = g->begin; block < g->end; block++)
             multiply(g, chunk, block, block_parts(g, block), panel, parts);
     }
 }
@@ -309,8 +320,9 @@ static flora_status check(gradient *g, const flora_view *dx, const flora_view *d
     return flora_expect_disjoint(outputs, 1, inputs, 2, error);
 }
 
-/* Everything that depends on the extents: how the work is cut and where scratch lies. */
-static void plan(gradient *g) {
+/* Everything that depends on the extents: how the work is cut and where scratch lies. Returns how many blocks or panels
+ * are formed first at a time. */
+static int64_t plan(gradient *g) {
     const size_t real = g->kernels->real_size;
     const int64_t lanes = g->kernels->lanes;
     g->d_out = g->weight->shape[0], g->d_in = g->weight->shape[1];
@@ -324,21 +336,26 @@ static void plan(gradient *g) {
     g->width = flora_round_up(2 * longest + 2, lanes);
     const double tiles = (double)g->total * (double)longest;
     g->chunks = flora_chunks(g->total, 2.0 * PARTS * tiles * (double)g->d_out * (double)g->d_in);
-    g->weight_later = (double)g->d_in > tiles && g->panels >= g->chunks;
-    const double fit = BLOCK_BYTES / ((double)PARTS * (double)g->row * (double)real);
+    g->dy_first = (double)g->d_in > tiles && g->panels >= g->chunks; /* with fewer panels some threads had none */
+    const double tile_bytes = (double)PARTS * (double)g->row * (double)real;
+    const double fit = BLOCK_BYTES / tile_bytes;
     const int64_t at_most =
-        g->weight_later ? MANY_TILES : flora_max(FEW_TILES, (int64_t)(fit < SOME_TILES ? fit : SOME_TILES));
+        g->dy_first ? MANY_TILES : flora_max(FEW_TILES, (int64_t)(fit < SOME_TILES ? fit : SOME_TILES));
     const int64_t in_block = flora_max(1, at_most / longest); /* stretches */
     g->blocks = (g->total + in_block - 1) / in_block;
-    if (!g->weight_later) /* as many for each thread */
+    if (!g->dy_first) /* as many for each thread */
         g->blocks = flora_min(flora_round_up(g->blocks, g->chunks), g->total);
     g->tiles = (g->total + g->blocks - 1) / g->blocks * longest;
+    const double block_bytes = tile_bytes * (double)g->tiles;
+    const double panel_bytes = (double)PARTS * (double)g->d_out * (double)g->panel * (double)real;
+    const double fits = SHARED_BYTES / (1 + (g->dy_first ? block_bytes : panel_bytes));
+    const int64_t at_once = flora_min(flora_max(1, (int64_t)fits), g->dy_first ? g->blocks : g->panels);
     flora_scratch room = {.size = 0};
-    if (g->weight_later) {
-        g->first = flora_reserve(&g->scratch, g->blocks * PARTS, g->tiles, g->row, real);
+    if (g->dy_first) {
+        g->shared = flora_reserve(&g->scratch, at_once * PARTS, g->tiles, g->row, real);
         g->own = flora_reserve(&room, PARTS, g->d_out, g->panel, real);
     } else {
-        g->first = flora_reserve(&g->scratch, g->panels * PARTS, g->d_out, g->panel, real);
+        g->shared = flora_reserve(&g->scratch, at_once * PARTS, g->d_out, g->panel, real);
         g->own = flora_reserve(&room, PARTS, g->tiles, g->row, real);
     }
     g->taps = flora_reserve(&room, TAPS, lanes, 1, real);
@@ -348,6 +365,7 @@ static void plan(gradient *g) {
     g->room_size = (int64_t)room.size;
     g->rooms = flora_reserve(&g->scratch, g->chunks, g->room_size, 1, 1);
     g->scratch.overflow |= room.overflow;
+    return at_once;
 }
 
 flora_status flora_conv_input_gradient(const flora_view *dx, const flora_view *dy, const flora_view *weight,
@@ -356,12 +374,16 @@ flora_status flora_conv_input_gradient(const flora_view *dx, const flora_view *d
     flora_status status = check(&g, dx, dy, weight, padding, error);
     if (status != FLORA_OK || dx->shape[0] == 0 || dx->shape[1] == 0 || dx->shape[2] == 0 || dx->shape[3] == 0)
         return status;
-    plan(&g);
+    const int64_t at_once = plan(&g);
     status = flora_allocate(&g.scratch, error);
     if (status != FLORA_OK)
         return status;
-    flora_parallel(g.chunks, g.weight_later ? dy_first_chunk : weight_first_chunk, &g);
-    flora_parallel(g.chunks, g.weight_later ? panel_chunk : block_chunk, &g);
+    const int64_t pieces = g.dy_first ? g.blocks : g.panels;
+    for (g.begin = 0; g.begin < pieces; g.begin = g.end) {
+        g.end = flora_min(g.begin + at_once, pieces);
+        flora_parallel(g.chunks, g.dy_first ? share_blocks : share_panels, &g);
+        flora_parallel(g.chunks, g.dy_first ? take_panels : take_blocks, &g);
+    }
     flora_release(&g.scratch);
     return FLORA_OK;
 }

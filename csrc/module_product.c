@@ -1,4 +1,4 @@
-/* The large products of gradients of flora._core. See call.h. */
+/* The functions of flora._core for large products of gradients. See call.h. */
 #include "call.h"
 
 PyDoc_STRVAR(multiply_doc,
@@ -27,9 +27,9 @@ PyDoc_STRVAR(
     "dx (batch, d_in, *in) = the input gradient of y (batch, d_out, *out) = conv2d(x, weight (d_out, d_in, 3, 3)) of\n"
     "stride 1 for dy of y's shape, overwritten; padding is (before, after) of each spatial mode, zeros.\n"
     "\n"
-    "All float32 or all float64; dx has unit stride along its channels or its last mode, the others any strides. "
-    "Errors\n"
-    "as in tucker_conv_forward. By minimal filtering, whose rounding errors are about twice those of the definition.\n"
+    "All float32 or all float64; dx has unit stride along its channels or its last mode, the others any strides.\n"
+    "Errors are as in tucker_conv_forward. By minimal filtering: rounding errors are up to twice those of the\n"
+    "definition, numbers above a quarter of the largest may overflow, and an infinity may become NaN.\n"
     "Source: Lavin and Gray, arXiv 1509.09308, section 4.1.");
 
 static PyObject *conv_input_gradient(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {

@@ -20,7 +20,7 @@ int flora_chunks(int64_t tasks, double flops);
 void flora_parallel(int chunks, void (*body)(int chunk, void *context), void *context);
 
 /* First task of a chunk; the last one ends where the next begins. */
-static inline int64_t flora_chunk_begin(int64_t tasks, int chunk, int chunks) {
+static inline int64_t flora_chunk_begin(int64_t tasks, int64_t chunk, int64_t chunks) {
     return tasks / chunks * chunk + tasks % chunks * chunk / chunks;
 }
 

@@ -28,10 +28,17 @@ OWN_PRODUCTS = (
 """Whether large products of gradients are flora's: where PyTorch multiplies by MKL, on a CPU on which MKL is slower."""
 
 OWN_CONVOLUTIONS = info()["isa"].startswith("v") and os.environ.get("FLORA_PRODUCTS") != "torch"
-"""Whether input gradients of 3 × 3 convolutions are flora's, by minimal filtering: where its products are fast."""
+"""Whether input gradients of 3 × 3 convolutions are flora's, by minimal filtering: from AVX2 on."""
 
 takes = _core.takes
 """Whether the kernels can work on (x, weight, bias, parameters): plain CPU tensors of dtypes that go together."""
+
+_FLOAT = (torch.float32, torch.float64)
+
+
+def _in_c(a: Tensor, b: Tensor) -> bool:
+    """Whether a gradient of these two may be C's: a dispatch mode would not see it."""
+    return torch._C._len_torch_dispatch_stack() == 0 and takes(a, b, None, ())
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
@@ -39,8 +46,14 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
     Only gradients are computed so: an adapted layer's output has to start as the frozen one's, bit for bit.
     """
-    worth_it = OWN_PRODUCTS and a.dtype == b.dtype and a.dtype in (torch.float32, torch.float64) and a.shape[0] >= 8
-    if not worth_it or a.numel() * b.shape[1] < 1e6 or torch.get_float32_matmul_precision() != "highest":
+    if (
+        not OWN_PRODUCTS
+        or a.dtype not in _FLOAT
+        or a.shape[0] < 8
+        or a.numel() * b.shape[1] < 1e6
+        or torch.get_float32_matmul_precision() != "highest"
+        or not _in_c(a, b)
+    ):
         return a @ b
     out = a.new_empty(a.shape[0], b.shape[1])
     _core.multiply(out, a, b)
@@ -113,7 +126,7 @@ class ConvOp(NamedTuple):
         """Gradients of (x, weight, bias), each None unless ``needs`` it; that of the weight may be in float32."""
         if not any(needs):
             return None, None, None
-        in_c = needs[1] and self.groups > 1 and weight.shape[1] <= FEW_CHANNELS and takes(dy, x, None, ())
+        in_c = needs[1] and self.groups > 1 and weight.shape[1] <= FEW_CHANNELS and _in_c(dy, x)
         dw = None
         if in_c:
             dw = x.new_empty(weight.shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -139,24 +152,23 @@ class ConvOp(NamedTuple):
         return dx, dw if in_c else dw_torch if needs[1] else None, db
 
     def _filtered(self, dy: Tensor, x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> Tensor | None:
-        """The input gradient by minimal filtering, in x's layout; None where that is not known to be the faster way."""
+        """The input gradient by minimal filtering, in PyTorch's memory format; None where PyTorch is to compute it."""
         batch, channels, *extents = x.shape
         if (
             not OWN_CONVOLUTIONS
             or weight.shape[2:] != (3, 3)
             or (*self.stride, *self.dilation, self.groups) != (1, 1, 1, 1, 1)
-            or min(channels, len(weight)) < LEAST_CHANNELS
+            or min(channels, weight.shape[0]) < LEAST_CHANNELS
             or batch * prod(extents) < LEAST_PIXELS
-            or dy.dtype not in (torch.float32, torch.float64)
-            or _rounds_convolutions()
-            or not takes(dy, weight, None, ())
+            or dy.dtype not in _FLOAT
+            or torch.backends.mkldnn.conv.fp32_precision not in ("none", "ieee")  # type: ignore[attr-defined]
+            or not _in_c(dy, weight)
         ):
             return None
-        plain = x.is_contiguous() and weight.is_contiguous()
-        last = not plain and (_is_channels_last(x) or _is_channels_last(weight))
+        last = is_channels_last(x) or is_channels_last(weight)
         dx = torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
-        before, width = padding
-        _core.conv_input_gradient(dx, dy, weight, (before, before, width, width))
+        height, width = padding
+        _core.conv_input_gradient(dx, dy, weight, (height, height, width, width))
         return dx
 
     def writable(self, y: Tensor) -> Tensor:
@@ -175,20 +187,6 @@ class ConvOp(NamedTuple):
     def pixels(self, x: Tensor, weight: Tensor) -> tuple[int, int, int]:
         """Groups, and how many pixels there are before and after the layer, over the whole batch."""
         return _pixels(self, x.shape, weight.shape)
-
-
-LEAST_CHANNELS, LEAST_PIXELS = 16, 64
-"""From so many channels on either side, and pixels of the input in a batch, minimal filtering is the faster way; with
-fewer pixels its time is that of the weight's transform."""
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _rounds_convolutions() -> bool:
-    """Whether PyTorch was allowed to narrow float32 convolutions, which is faster where the CPU has products for it."""
-    return getattr(getattr(torch.backends.mkldnn, "conv", None), "fp32_precision", "none") not in ("none", "ieee")
 
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
@@ -244,6 +242,21 @@ def same_padding(kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, .
         pairs += [total // 2, total - total // 2]
     return tuple(pairs)
 
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether PyTorch takes a tensor (n, c, h, w), which may have gaps, for one in channels_last."""
+    least, channel = 0, x.stride(1)
+    for mode in (1, 3, 2, 0):
+        extent, step = x.shape[mode], x.stride(mode)
+        if extent == 0 or step < least or (mode == 0 and least == channel):
+            return False
+        least = step * extent
+    return channel != 0
+
+
+LEAST_CHANNELS, LEAST_PIXELS = 16, 64
+"""Minimal filtering is the faster way from so many channels on either side and so many pixels of the batch's input on:
+with fewer pixels it mostly transforms the weight."""
 
 FEW_CHANNELS = 8
 """Up to so many input channels a group, a convolution's weight gradient is formed in C: PyTorch's takes many times the

@@ -1,5 +1,6 @@
 """flora.functional: gradients of the real C path, agreement with the twin, dispatch, precision, memory."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -594,16 +596,18 @@ SAME = (1, 1, 1, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("last", ["neither", "x", "weight"])
+@pytest.mark.parametrize("last", ["neither", "x", "weight", "part of x", "part of weight"])
 @pytest.mark.parametrize(
     ("padding", "mode"), [(SAME, "zeros"), ((0, 2, 1, 1), "zeros"), (SAME, "reflect"), (SAME, "circular")]
 )
 def test_own_input_gradients_of_convolutions(monkeypatch, dtype, last, padding, mode):
     """By minimal filtering they are PyTorch's but for rounding, in PyTorch's memory format, beside the other two."""
     torch.manual_seed(0)
-    x, weight = torch.randn(2, 17, 9, 10, dtype=dtype), torch.randn(19, 17, 3, 3, dtype=dtype)
-    x = x.to(memory_format=torch.channels_last) if last == "x" else x
-    weight = weight.to(memory_format=torch.channels_last) if last == "weight" else weight
+    x, weight = torch.randn(2, 20, 9, 10, dtype=dtype), torch.randn(19, 20, 3, 3, dtype=dtype)
+    x = x.to(memory_format=torch.channels_last) if last.endswith("x") else x
+    weight = weight.to(memory_format=torch.channels_last) if last.endswith("weight") else weight
+    parts = [t[:, :17] if last.startswith("part") else t[:, :17].clone(memory_format=format_of(t)) for t in (x, weight)]
+    x, weight = parts
     op = ConvOp((1, 1), padding, (1, 1), 1, mode)
     dy = torch.randn_like(op.base(x, weight, None))
     monkeypatch.setattr(ops, "OWN_CONVOLUTIONS", False)
@@ -619,6 +623,10 @@ def test_own_input_gradients_of_convolutions(monkeypatch, dtype, last, padding, 
     assert torch.equal(alone, ours[0])
     dx, dw, _ = op.base_backward(dy, x, weight, (False, True, False))
     assert dx is None and torch.equal(dw, theirs[1]) and len(calls) == 2
+
+
+def format_of(t):
+    return torch.contiguous_format if t.is_contiguous() else torch.channels_last
 
 
 def calls_of(monkeypatch, function):
@@ -656,12 +664,13 @@ def test_other_input_gradients_are_pytorchs(monkeypatch, change, shape, kernel):
     op = ConvOp(*geometry)
     y = op.base(x, weight, None)
     dy = torch.randn_like(y)
-    torch.backends.mkldnn.conv.fp32_precision = change.get("fp32_precision", "none")
+    before = torch.backends.mkldnn.conv.fp32_precision
+    torch.backends.mkldnn.conv.fp32_precision = change.get("fp32_precision", before)
     try:
         (expected,) = torch.autograd.grad(y, x, dy)
         assert torch.equal(op.base_backward(dy, x.detach(), weight, (True, False, False))[0], expected)
     finally:
-        torch.backends.mkldnn.conv.fp32_precision = "none"
+        torch.backends.mkldnn.conv.fp32_precision = before
     assert not calls
 
 
@@ -673,10 +682,59 @@ def test_an_adapted_convolution_starts_as_the_frozen_one_and_its_gradient_close_
     expected = layer(x)
     dy = torch.randn_like(expected)
     (d_expected,) = torch.autograd.grad(expected, x, dy)
+    calls = calls_of(monkeypatch, "conv_input_gradient")
     y = flora.wrap(layer, flora.TuckerConfig(rank=4, plan="fused"))(x)
     assert torch.equal(y, expected)
     (dx,) = torch.autograd.grad(y, x, dy)
+    assert len(calls) == 1
     torch.testing.assert_close(dx, d_expected, rtol=0, atol=1e-6 * float(d_expected.abs().max()))
+
+
+OWN_GRADIENTS = {
+    "product": (lambda device: torch.nn.Linear(256, 192, device=device), (64, 256)),
+    "minimal filtering": (lambda device: torch.nn.Conv2d(32, 48, 3, padding=1, device=device), (2, 32, 12, 12)),
+    "taps": (lambda device: torch.nn.Conv2d(16, 16, 3, groups=16, device=device), (2, 16, 9, 9)),
+}
+
+
+@pytest.mark.parametrize("gradient", OWN_GRADIENTS)
+def test_a_trace_holds_the_gradients_that_c_would_compute(monkeypatch, gradient):
+    """A dispatch mode sees PyTorch's operations alone: what C has written would be missing from what it records."""
+    monkeypatch.setattr(ops, "OWN_CONVOLUTIONS", True)
+    monkeypatch.setattr(ops, "OWN_PRODUCTS", True)
+    make, shape = OWN_GRADIENTS[gradient]
+    torch.manual_seed(0)
+    layer = flora.wrap(make("cpu"), flora.TuckerConfig(rank=4))
+    layer.base_layer.weight.requires_grad_()
+    torch.nn.init.normal_(layer.deltas["default"].core)
+
+    def gradients(x):
+        return torch.autograd.grad(layer(x).square().sum(), [x, *(p for p in layer.parameters() if p.requires_grad)])
+
+    traced = make_fx(gradients)(torch.randn(shape, requires_grad=True))
+    x = torch.randn(shape, requires_grad=True)
+    for found, expected in zip(traced(x), gradients(x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("gradient", OWN_GRADIENTS)
+def test_gradients_on_another_device_are_pytorchs(monkeypatch, gradient):
+    monkeypatch.setattr(ops, "OWN_CONVOLUTIONS", True)
+    monkeypatch.setattr(ops, "OWN_PRODUCTS", True)
+    make, shape = OWN_GRADIENTS[gradient]
+    layer = flora.wrap(make("meta"), flora.TuckerConfig(rank=4))
+    x = torch.empty(shape, device="meta", requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.is_meta and x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("value", ["torch", ""])
+def test_own_gradients_can_be_switched_off(value):
+    code = "from flora import ops; print(ops.OWN_CONVOLUTIONS or ops.OWN_PRODUCTS, ops.info()['isa'][0] == 'v')"
+    environment = os.environ | {"FLORA_PRODUCTS": value}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    own, capable = run.stdout.split()
+    assert own == ("False" if value == "torch" else capable)
 
 
 @pytest.mark.parametrize("op", [LINEAR, ADDMM], ids=["linear", "addmm"])

@@ -111,9 +111,12 @@ class Case:
         exact = self.call(reference, lambda t: t.double().clone(memory_format=torch.contiguous_format))
         arguments = self.arguments
         self.arguments = arguments | {"scale": abs(arguments.get("scale", 1.0))}
+        if self.function == "conv_input_gradient":  # a tap is filtered together with the other eight
+            of_taps = arguments["weight"].abs().amax((2, 3), keepdim=True)
+            self.arguments["weight"] = of_taps.expand_as(arguments["weight"])
         magnitude = self.call(reference, lambda t: t.double().abs().clone(memory_format=torch.contiguous_format))
         self.arguments = arguments
-        if self.function.startswith(("toeplitz", "conv_input")):  # transforms mix an array's numbers
+        if self.function.startswith("toeplitz"):  # transforms and sums along diagonals mix an array's numbers
             magnitude = {
                 name: sums.amax().expand_as(sums) if sums.numel() else sums for name, sums in magnitude.items()
             }
@@ -531,7 +534,9 @@ DIRECT = (DIRECT_CONV, DIRECT_DEEP, DIRECT_GROUPS, DIRECT_LINE, DIRECT_POINTS)
 LARGE_DEPTHWISE = (3, 37, 1, 1, 1, 1, (3, 3), (2, 1), (1, 0, 1, 2), (1, 1), "zeros", (43, 39))
 LARGE_FILTERS = (
     (2, 37, 41, (1, 1, 0, 2), (33, 147)),  # several stretches on a line, blocks of them
-    (3, 37, 301, (1, 1, 1, 1), (17, 20)),  # more input channels than tiles, in two blocks
+    (3, 137, 301, (1, 1, 1, 1), (17, 20)),  # more input channels than tiles, in two blocks; a sum in two pieces
+    (1, 24, 400, (1, 1, 1, 1), (6, 6)),
+    (2, 1031, 523, (1, 1, 1, 1), (33, 33)),  # panels in two goes
 )
 LARGE_TOEPLITZ = ((403, 1031, 517, None, 2), (211, 301, 1109, 541, 1), (67, 519, 67, 301, 19))  # terms fill vectors
 LARGE = [
@@ -701,6 +706,20 @@ def test_nan_stays_where_it_is(isa, dtype, memory_format, r_in):
     assert d_u_out[:16].isfinite().all()  # h is given, so x has no part in it
     assert d_u_out[16].isnan().all()
     assert of_x.isnan().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_reaches_the_pixels_that_see_it(isa, dtype, value):
+    """Minimal filtering takes 4 × 4 pixels of dy to 2 × 2 of dx, and each to those that the taps take it to."""
+    case = Case("conv_input_gradient", dtype)
+    input_gradient(case, 2, 17, 33, (1, 1, 1, 1), (9, 10))
+    dy = case.arguments["dy"].zero_()
+    for row, column in ((4, 5), (5, 5), (0, 0), (8, 9)):
+        dy[1, 16, row, column] = value
+        expected = torch.zeros(2, 33, 9, 10, dtype=torch.bool)
+        expected[1, :, max(0, row - 1) : row + 2, max(0, column - 1) : column + 2] = True
+        assert torch.equal(case.call(_core, lambda t: t.clone())["dx"].isfinite(), ~expected)
+        dy.zero_()
 
 
 @pytest.mark.parametrize("inner", [None, 29], ids=["single", "product"])

@@ -2,8 +2,9 @@
  *
  * There is one multiplication, `gemm`, and a few copies around it. Every product of a Tucker or Kronecker update
  * (projections, small convolutions, their gradients, mode products) is that one, with other strides. What has no
- * product in it has a body of its own: the weight gradient of a grouped convolution (`tap_sums`), and the passes over a
- * weight or its gradient that meet every element a time or two (`kronecker_sums`, `rescale`, `rescale_sums`).
+ * product in it has a body of its own: the weight gradient of a grouped convolution (`tap_sums`), the passes over a
+ * weight or its gradient that meet every element a time or two (`kronecker_sums`, `rescale`, `rescale_sums`), and
+ * transforms (`winograd_…`, `spectra`).
  *
  * Here "act" is the activation type (float, double, or bfloat16 and float16 as 16 raw bits) and "real" the compute type
  * (double for double, else float). Kernels allocate nothing, know no threads, and check nothing.
@@ -120,7 +121,8 @@ typedef struct {
     void (*few_expand)(const flora_few *f);
     void (*few_outer)(const flora_few *f);
 
-    /* The transforms of Winograd's F(2 x 2, 3 x 3), LANES channels at once; all real and scratch: see winograd.inc.h */
+    /* The transforms of Winograd's F(2 × 2, 3 × 3), LANES channels at once, all real: see winograd.inc.h. `from` has
+     * nine reals a channel, the rest is scratch. */
     void (*winograd_taps)(void *taps, const void *from, int64_t channel);
     void (*winograd_filter)(void *parts, int64_t part, const void *taps);
     void (*winograd_input)(void *parts, int64_t part, int64_t tile, const void *lines, int64_t line, int64_t tiles);
