@@ -177,9 +177,11 @@ def _noisy(results: Iterable[Result]) -> list[str]:
 
 def _machine(about: Mapping[str, Any]) -> str:
     core = about["core"]
+    own = {"own_products": "own products of gradients", "own_convolutions": "minimal filtering"}
+    kernels = ", ".join([f"kernels {core.get('isa')}", *(text for name, text in own.items() if core.get(name))])
     packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items() if version is not None)
     return (
         f"{about['cpu']}, {about['cpus']} CPUs, {about['threads']} threads, bfloat16 {about['bfloat16']}, "
         f"{about['system']}, Python {about['python']}, torch {about['torch']}, flora {about['flora']} "
-        f"(kernels {core.get('isa')}{', own products of gradients' if core.get('own_products') else ''}), {packages}"
+        f"({kernels}), {packages}"
     )

@@ -37,7 +37,7 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "flora": flora.__version__,
         "core": {name: value for name, value in functional.info().items() if name != "threads"}
-        | {"own_products": ops.OWN_PRODUCTS},
+        | {"own_products": ops.OWN_PRODUCTS, "own_convolutions": ops.OWN_CONVOLUTIONS},
         "packages": {name: _version(name) for name in PACKAGES},
     }
 
