@@ -246,6 +246,7 @@ def main():
     parser.add_argument("--examples", type=int, default=0, help="drawn calls of each function and dtype")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--large", action="store_true", help="the large calls of the kernels' tests")
+    parser.add_argument("--functions", nargs="+", default=list(kernels.BUILDERS), metavar="NAME", help="these alone")
     parser.add_argument("--golden", action="store_true", help="the authors' numbers")
     options = parser.parse_args()
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -262,15 +263,17 @@ def main():
         if options.golden:
             write(authors())
         if options.examples:
-            write(large("tucker_conv_backward", SHARED_SQUARES, dtype) for dtype in DTYPES)
-            for function in kernels.BUILDERS:
+            if "tucker_conv_backward" in options.functions:
+                write(large("tucker_conv_backward", SHARED_SQUARES, dtype) for dtype in DTYPES)
+            for function in options.functions:
                 for dtype in DTYPES:
                     write(drawn(function, dtype, options.examples, options.seed))
                 if function.startswith(("tucker_linear", "tucker_conv")):
                     write(drawn(function, torch.bfloat16, options.examples, options.seed, whole=True))
         if options.large:
             for function, sizes in kernels.LARGE:
-                write(large(function, sizes, dtype) for dtype in (torch.float32, torch.bfloat16))
+                if function in options.functions:
+                    write(large(function, sizes, dtype) for dtype in (torch.float32, torch.bfloat16))
     print(f"{options.output}: {count} calls, {options.output.stat().st_size / 2**20:.1f} MiB")
 
 
