@@ -29,8 +29,7 @@ enum {
     MANY_TILES = 256,        /* of a block that is formed first: the weight's parts are read again for each */
     DEPTH = 128,             /* terms of a sum that is rounded by itself: 512 in a row have twice the error */
     STRIP = 32,              /* output channels in a task that transforms the weight */
-    AHEAD = 4,               /* as many output channels on, the weight is fetched */
-    LINE = 64 /* bytes of the cache; between the rows of dy's parts, to keep them out of each other's sets */
+    LINE = 64                /* bytes between the rows of dy's parts, to keep them out of each other's sets */
 };
 
 typedef struct {
@@ -66,15 +65,11 @@ static char *in_room(const gradient *g, int chunk, size_t offset) {
 
 /* The weight's parts --------------------------------------------------------------------------------------------- */
 
-static const char *taps_at(const gradient *g, int64_t o, int64_t c) {
-    return at(g, g->weight->data, o * g->weight->strides[0] + c * g->weight->strides[1]);
-}
-
 /* to (3, 3, lanes) = the taps from output channel o to `channels` input channels from c on, then zeros */
 static void load_taps(const gradient *g, char *to, int64_t o, int64_t c, int64_t channels) {
     const int64_t *w = g->weight->strides, lanes = g->kernels->lanes;
     const int one_row = w[2] == 3 * w[3];
-    const char *from = taps_at(g, o, c);
+    const char *from = at(g, g->weight->data, o * w[0] + c * w[1]);
     if (one_row && w[3] == 1 && channels == lanes) {
         g->kernels->winograd_taps(to, from, w[1]);
         return;
@@ -84,19 +79,6 @@ static void load_taps(const gradient *g, char *to, int64_t o, int64_t c, int64_t
                          channels, 1.0);
 }
 
-/* Fetches what load_taps will read: from one output channel to the next is too far for the hardware to look ahead. */
-static void fetch_taps(const gradient *g, int64_t o, int64_t c, int64_t channels) {
-    const int64_t *w = g->weight->strides;
-    const char *from = taps_at(g, o, c);
-    if (w[1] == 1) {
-        for (int tap = 0; tap < TAPS; tap++)
-            __builtin_prefetch(at(g, from, tap / 3 * w[2] + tap % 3 * w[3]));
-    } else if (w[1] == TAPS) {
-        for (const char *line = from; line < at(g, from, channels * TAPS); line += LINE)
-            __builtin_prefetch(line);
-    }
-}
-
 /* parts (PARTS, d_out, panel) of one panel, for output channels from `begin` to `end` - 1 */
 static void transform_weight(const gradient *g, int chunk, char *parts, int64_t panel, int64_t begin, int64_t end) {
     const int64_t lanes = g->kernels->lanes, first = panel * g->panel;
@@ -104,8 +86,6 @@ static void transform_weight(const gradient *g, int chunk, char *parts, int64_t 
     for (int64_t o = begin; o < end; o++)
         for (int64_t c = first; c < flora_min(first + g->panel, g->d_in); c += lanes) {
             const int64_t channels = flora_min(lanes, g->d_in - c);
-            if (o + AHEAD < end)
-                fetch_taps(g, o + AHEAD, c, channels);
             load_taps(g, taps, o, c, channels);
             g->kernels->winograd_filter(at(g, parts, o * g->panel + c - first), g->d_out * g->panel, taps);
         }
